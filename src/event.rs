@@ -1,0 +1,105 @@
+//! The only words the runner says to the outside; `display` turns them into a terminal, JSON lines
+//! or a log.
+
+use std::path::PathBuf;
+
+use contract::Progress;
+use serde::Serialize;
+
+use crate::digest::Fingerprint;
+
+/// One thing that happened during a run.
+#[derive(Clone, Debug, Serialize)]
+#[serde(tag = "event", rename_all = "kebab-case")]
+pub enum Event {
+    /// The run starts; `stages` in topological order.
+    RunStarted {
+        /// Names of all stages the run covers.
+        stages: Vec<String>,
+    },
+    /// A stage's artifacts are taken from the cache.
+    StageReused {
+        /// Stage.
+        stage: String,
+        /// Fingerprint.
+        fingerprint: Fingerprint,
+        /// Seconds that the run which made the artifacts took: time saved.
+        saved_seconds: f64,
+    },
+    /// Another process is running the same fingerprint; this run waits for it.
+    StageWaiting {
+        /// Stage.
+        stage: String,
+        /// Who holds the lease, as `host (process 123)`.
+        holder: String,
+    },
+    /// A stage process was started.
+    StageStarted {
+        /// Stage.
+        stage: String,
+        /// Fingerprint.
+        fingerprint: Fingerprint,
+        /// Why, one reason a line.
+        reasons: Vec<String>,
+        /// Log file.
+        log: PathBuf,
+    },
+    /// A running stage said something.
+    StageProgress {
+        /// Stage.
+        stage: String,
+        /// What it said.
+        progress: Progress,
+    },
+    /// A stage's outputs were published.
+    StageFinished {
+        /// Stage.
+        stage: String,
+        /// Fingerprint.
+        fingerprint: Fingerprint,
+        /// Wall time in seconds.
+        seconds: f64,
+        /// Every output has the digest that the previous run of this stage had, so stages
+        /// downstream are not touched.
+        unchanged: bool,
+        /// Warnings.
+        warnings: Vec<String>,
+    },
+    /// A stage failed; nothing was published.
+    StageFailed {
+        /// Stage.
+        stage: String,
+        /// What went wrong.
+        message: String,
+        /// What to do about it.
+        help: Option<String>,
+        /// Log file.
+        log: Option<PathBuf>,
+        /// Last lines of the log.
+        log_tail: Vec<String>,
+    },
+    /// A stage was not run because one upstream of it failed.
+    StageSkipped {
+        /// Stage.
+        stage: String,
+        /// The failed stage.
+        because_of: String,
+    },
+    /// The user interrupted the run.
+    Interrupted,
+    /// The run is over.
+    RunFinished {
+        /// Stages run.
+        ran: usize,
+        /// Stages reused.
+        reused: usize,
+        /// Stages failed.
+        failed: usize,
+        /// Stages skipped.
+        skipped: usize,
+        /// Wall time in seconds.
+        seconds: f64,
+        /// Sum of what the reused stages once took.
+        saved_seconds: f64,
+    },
+}

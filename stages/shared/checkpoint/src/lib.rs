@@ -1,0 +1,1 @@
+//! Reads model folders: GGUF, safetensors, configuration, tokenizer, chat template.

@@ -1,0 +1,1 @@
+//! CPU kernels of training and generation, each with a slow twin in plain Burn operations.
