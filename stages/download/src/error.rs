@@ -87,7 +87,9 @@ impl DownloadError {
 
     fn help(&self) -> Option<String> {
         let text = match self {
-            Self::Refused { has_token, page, .. } => return Some(refused_help(*has_token, page)),
+            Self::Refused { has_token, page, .. } => {
+                return Some(refused_help(*has_token, page.as_deref()));
+            }
             Self::Missing { help, .. } | Self::NoMatch { help, .. } => {
                 return (!help.is_empty()).then(|| help.clone());
             }
@@ -140,7 +142,7 @@ fn counted(attempts: u32) -> String {
     if attempts == 1 { "1 attempt".to_owned() } else { format!("{attempts} attempts") }
 }
 
-fn refused_help(has_token: bool, page: &Option<String>) -> String {
+fn refused_help(has_token: bool, page: Option<&str>) -> String {
     let Some(page) = page else {
         return "the address needs a login that pipe cannot give; use a public address".to_owned();
     };

@@ -152,7 +152,7 @@ impl HfFetcher<'_> {
         let parsed: serde_json::Value = serde_json::from_slice(&text).unwrap_or_default();
         let folder = index.rsplit_once('/').map_or("", |(folder, _)| folder);
         let shards = parsed["weight_map"].as_object().into_iter().flat_map(|map| map.values());
-        let include = self.patterns(&self.source.include)?;
+        let include = compile(&self.source.include)?;
         for shard in shards.filter_map(|shard| shard.as_str()).collect::<BTreeSet<_>>() {
             let shard =
                 if folder.is_empty() { shard.to_owned() } else { format!("{folder}/{shard}") };
@@ -166,8 +166,8 @@ impl HfFetcher<'_> {
 
     /// The names that the patterns select.
     fn choose(&self, names: &[String], place: &str) -> Result<BTreeSet<String>, DownloadError> {
-        let include = self.patterns(&self.source.include)?;
-        let exclude = self.patterns(&self.source.exclude)?;
+        let include = compile(&self.source.include)?;
+        let exclude = compile(&self.source.exclude)?;
         if let Some(pattern) = include.first_without_match(names) {
             return Err(DownloadError::NoMatch {
                 message: format!("`{pattern}` matches no file of {place}"),
@@ -188,10 +188,6 @@ impl HfFetcher<'_> {
             });
         }
         Ok(chosen)
-    }
-
-    fn patterns(&self, texts: &[String]) -> Result<Patterns, DownloadError> {
-        Patterns::new(texts).map_err(|error| DownloadError::Internal(error.to_string()))
     }
 
     /// Gets one file from the nearest place that has it.
@@ -284,4 +280,9 @@ impl HfFetcher<'_> {
         let cache = self.settings.hub_cache.clone();
         DownloadError::NotCached { what: what.to_owned(), cache }
     }
+}
+
+/// Patterns that the params were checked with.
+fn compile(texts: &[String]) -> Result<Patterns, DownloadError> {
+    Patterns::new(texts).map_err(|error| DownloadError::Internal(error.to_string()))
 }

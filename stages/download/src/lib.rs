@@ -16,6 +16,7 @@ mod name;
 mod params;
 mod place;
 mod pypi;
+mod raw_params;
 mod scratch;
 mod settings;
 #[cfg(test)]

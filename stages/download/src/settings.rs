@@ -44,7 +44,7 @@ impl Retries {
     /// Longest wait that is not asked for by the server.
     pub(crate) const LONGEST: Duration = Duration::from_secs(30);
     /// Longest wait that the server may ask for.
-    pub(crate) const LONGEST_ASKED: Duration = Duration::from_secs(300);
+    pub(crate) const LONGEST_ASKED: Duration = Duration::from_mins(5);
 
     /// Wait after the `failed`th failure in a row, counted from 1.
     pub(crate) fn wait(&self, failed: u32) -> Duration {
@@ -95,7 +95,7 @@ impl Settings {
                 first_wait: Duration::from_secs(1),
                 sleep: std::thread::sleep,
             },
-            patience: Duration::from_secs(60),
+            patience: Duration::from_mins(1),
             pythons: vec!["python3".into(), "python".into()],
             pip_env: Vec::new(),
         }

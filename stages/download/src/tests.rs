@@ -1,5 +1,5 @@
 //! Whole runs against a hub on loopback, local wheels and local files.
-#![allow(clippy::unwrap_used, reason = "tests")]
+#![allow(clippy::unwrap_used, clippy::needless_pass_by_value, reason = "tests")]
 
 mod cache;
 mod failures;

@@ -29,6 +29,10 @@ fn files_arrive_and_the_lock_names_commit_sizes_and_hashes() {
         }
     });
     assert_eq!(outcome.lock.unwrap(), expected);
+    let last = space.told().lines().last().unwrap().to_owned();
+    let last: serde_json::Value = serde_json::from_str(&last).unwrap();
+    assert_eq!((&last["done"], &last["total"]), (&json!(300_002), &json!(300_002)));
+    assert_eq!(last["unit"], "bytes");
 }
 
 #[test]

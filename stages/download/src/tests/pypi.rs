@@ -127,6 +127,17 @@ fn damaged_wheel_is_told() {
 }
 
 #[test]
+fn full_disk_is_told_with_what_to_do() {
+    let space = space();
+    let wheel = space.folder.path().join("links/tiny_pack-1.0-py3-none-any.whl");
+    let mut wheel = crate::wheel::Wheel::open(&wheel).unwrap();
+    let full = wheel.extract("tiny_pack/data/rows.json", Path::new("/dev/full")).unwrap_err();
+    let error = contract::StageError::from(full);
+    assert!(error.message.starts_with("could not write /dev/full: No space left"), "{error}");
+    assert_eq!(error.help.as_deref(), Some("free some space on that disk and run again"));
+}
+
+#[test]
 fn local_folder_and_file_are_taken_as_they_are_and_never_hard_linked() {
     use std::os::unix::fs::MetadataExt;
     let mut space = Space::new("http://127.0.0.1:9");
@@ -163,5 +174,5 @@ fn real_packages_hold_the_quickstarts_files() {
     let source = json!({"pypi": "bfcl-eval", "version": "2026.3.23", "file": file});
     space.run(json!({ "source": source }), None).unwrap();
     let rows = space.read("BFCL_v4_simple_python.json");
-    assert_eq!(rows.iter().filter(|byte| **byte == b'\n').count() + 1, 400);
+    assert_eq!(String::from_utf8(rows).unwrap().lines().count(), 400);
 }

@@ -3,7 +3,9 @@
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use contract::{Outcome, Reporter, Request, StageError, StageKind};
@@ -27,6 +29,21 @@ pub(super) struct Space {
     pub(super) folder: TempDir,
     pub(super) settings: Settings,
     attempt: usize,
+    told: Arc<Mutex<Vec<u8>>>,
+}
+
+/// What the stage says while it runs.
+struct Sink(Arc<Mutex<Vec<u8>>>);
+
+impl Write for Sink {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.lock().unwrap().extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
 }
 
 impl Space {
@@ -46,7 +63,7 @@ impl Space {
             pythons: vec!["python3".into()],
             pip_env: Vec::new(),
         };
-        Self { folder, settings, attempt: 0 }
+        Self { folder, settings, attempt: 0, told: Arc::default() }
     }
 
     pub(super) fn token(mut self, token: &str) -> Self {
@@ -81,12 +98,17 @@ impl Space {
             upstream: Vec::new(),
             threads: 1,
         };
-        crate::run(&request, &mut Reporter::silent(), &self.settings)
+        crate::run(&request, &mut Reporter::new(Box::new(Sink(self.told.clone()))), &self.settings)
     }
 
     /// Runs the source `hf` of the test repository.
     pub(super) fn run_hf(&mut self, include: &[&str]) -> Result<Outcome, StageError> {
         self.run(hf(include), None)
+    }
+
+    /// The events of all attempts, one JSON text a line.
+    pub(super) fn told(&self) -> String {
+        String::from_utf8(self.told.lock().unwrap().clone()).unwrap()
     }
 
     pub(super) fn scratch(&self, attempt: usize) -> PathBuf {
