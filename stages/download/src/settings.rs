@@ -5,7 +5,7 @@
 
 use std::ffi::OsString;
 use std::fmt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 /// A token. Cannot be printed.
@@ -74,18 +74,31 @@ pub(crate) struct Settings {
 impl Settings {
     /// Reads the process's environment as the Hugging Face tools do.
     pub(crate) fn from_env() -> Self {
-        let text = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
-        let path = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
+        Self::read(&|name| std::env::var_os(name))
+    }
+
+    /// Reads an environment; an empty value counts as none.
+    fn read(env: &dyn Fn(&str) -> Option<OsString>) -> Self {
+        let path = |name: &str| env(name).filter(|v| !v.is_empty()).map(PathBuf::from);
+        let text =
+            |name: &str| env(name).and_then(|v| v.into_string().ok()).filter(|v| !v.is_empty());
         let home = path("HF_HOME").unwrap_or_else(|| {
             let cache = path("XDG_CACHE_HOME")
                 .or_else(|| path("HOME").map(|home| home.join(".cache")))
                 .unwrap_or_else(std::env::temp_dir);
             cache.join("huggingface")
         });
+        let token = if text("HF_HUB_DISABLE_IMPLICIT_TOKEN").is_some_and(|value| is_yes(&value)) {
+            None
+        } else {
+            let file = path("HF_TOKEN_PATH").unwrap_or_else(|| home.join("token"));
+            text("HF_TOKEN").or_else(|| std::fs::read_to_string(file).ok())
+        };
+        let token = token.map(|token| token.trim().to_owned()).filter(|token| !token.is_empty());
         let endpoint = text("HF_ENDPOINT").unwrap_or_else(|| "https://huggingface.co".to_owned());
         Self {
             endpoint: endpoint.trim_end_matches('/').to_owned(),
-            token: find_token(&home),
+            token: token.map(Secret::new),
             hub_cache: path("HF_HUB_CACHE")
                 .or_else(|| path("HUGGINGFACE_HUB_CACHE"))
                 .unwrap_or_else(|| home.join("hub")),
@@ -102,21 +115,45 @@ impl Settings {
     }
 }
 
-/// `HF_TOKEN`, else the file `HF_TOKEN_PATH`, else the file `token` in the Hugging Face home.
-fn find_token(home: &Path) -> Option<Secret> {
-    if std::env::var("HF_HUB_DISABLE_IMPLICIT_TOKEN").is_ok_and(|value| is_yes(&value)) {
-        return None;
-    }
-    if let Ok(token) = std::env::var("HF_TOKEN")
-        && !token.trim().is_empty()
-    {
-        return Some(Secret::new(token.trim()));
-    }
-    let path = std::env::var_os("HF_TOKEN_PATH").map_or_else(|| home.join("token"), PathBuf::from);
-    let token = std::fs::read_to_string(path).ok()?;
-    (!token.trim().is_empty()).then(|| Secret::new(token.trim()))
-}
-
 fn is_yes(value: &str) -> bool {
     matches!(value.to_ascii_lowercase().as_str(), "1" | "on" | "yes" | "true")
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use super::*;
+
+    fn read(values: &[(&str, &str)]) -> Settings {
+        let find = |name: &str| values.iter().find(|(known, _)| *known == name);
+        Settings::read(&|name| find(name).map(|(_, value)| OsString::from(value)))
+    }
+
+    #[test]
+    fn environment_is_read_as_hugging_face_tools_read_it() {
+        let plain = read(&[("HOME", "/h")]);
+        assert_eq!(plain.endpoint, "https://huggingface.co");
+        assert_eq!(plain.hub_cache, PathBuf::from("/h/.cache/huggingface/hub"));
+        assert!(!plain.offline && plain.token.is_none());
+        let home = read(&[("HOME", "/h"), ("HF_HOME", "/d"), ("HF_HUB_OFFLINE", "True")]);
+        assert_eq!(home.hub_cache, PathBuf::from("/d/hub"));
+        assert!(home.offline);
+        let set = [("HF_HUB_CACHE", "/c"), ("HF_ENDPOINT", "https://m.example/"), ("HF_TOKEN", "")];
+        let set = read(&set);
+        assert_eq!(set.hub_cache, PathBuf::from("/c"));
+        assert_eq!(set.endpoint, "https://m.example");
+        assert!(set.token.is_none());
+    }
+
+    #[test]
+    fn token_comes_from_the_variable_before_the_file_and_can_be_switched_off() {
+        let home = tempfile::tempdir().unwrap();
+        std::fs::write(home.path().join("token"), "from-file\n").unwrap();
+        let home = home.path().to_str().unwrap();
+        let token = |values: &[(&str, &str)]| read(values).token.map(|t| t.expose().to_owned());
+        assert_eq!(token(&[("HF_HOME", home)]).unwrap(), "from-file");
+        assert_eq!(token(&[("HF_HOME", home), ("HF_TOKEN", "own ")]).unwrap(), "own");
+        let off = ("HF_HUB_DISABLE_IMPLICIT_TOKEN", "1");
+        assert_eq!(token(&[("HF_HOME", home), ("HF_TOKEN", "own"), off]), None);
+    }
 }
