@@ -170,3 +170,12 @@ fn damaged_lock_entry_is_named() {
     let error = space.run(hf(&["*.json"]), Some(json!({"files": 3}))).unwrap_err();
     assert!(error.message.contains("the lock file's entry"), "{error}");
 }
+
+#[test]
+fn transport_error_drops_the_address_it_carries() {
+    let signed = "http://127.0.0.1:9/blob?X-Amz-Signature=signed-secret";
+    let error = reqwest::blocking::get(signed).unwrap_err();
+    assert!(error.to_string().contains("signed-secret"));
+    let told = crate::error::transport(error);
+    assert!(!told.contains("signed-secret") && told.contains("refused"), "{told}");
+}
