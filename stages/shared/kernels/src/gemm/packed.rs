@@ -31,6 +31,11 @@ impl PackedMatrix {
         Self { k, n, data }
     }
 
+    /// Rows of the matrix.
+    pub fn rows(&self) -> usize {
+        self.k
+    }
+
     /// Columns of the matrix.
     pub fn columns(&self) -> usize {
         self.n

@@ -1,0 +1,216 @@
+//! The decoder's frozen weights: Burn tensors under their checkpoint names.
+
+use std::path::Path;
+use std::sync::OnceLock;
+
+use burn::backend::Flex;
+use burn::tensor::{Device, Tensor, TensorData};
+use checkpoint::{ModelConfig, ModelFolder, Weights};
+use kernels::rope::RopeTable;
+use rayon::prelude::*;
+
+use crate::adapter::projection_shape;
+use crate::generate::PackedWeights;
+use crate::linear::Frozen;
+use crate::{Adapter, LoraConfig, ModelError};
+
+/// A loaded decoder with frozen weights.
+pub struct Model {
+    pub(crate) config: ModelConfig,
+    /// Token embeddings `[vocabulary, hidden]`; also the head where it is tied.
+    pub embed_tokens: Tensor<2>,
+    /// Layers in order.
+    pub layers: Vec<Layer>,
+    /// Final norm `[hidden]`.
+    pub norm: Tensor<1>,
+    /// Head `[vocabulary, hidden]` where it is not tied.
+    pub lm_head: Option<Tensor<2>>,
+    pub(crate) packed: OnceLock<PackedWeights>,
+    rope: OnceLock<RopeTable>,
+}
+
+/// One decoder layer.
+pub struct Layer {
+    /// Weights `[out, in]` in the order of [`crate::PROJECTIONS`].
+    pub projections: Vec<Tensor<2>>,
+    /// Biases `[out]` in the same order, where the family has them.
+    pub biases: Vec<Option<Tensor<1>>>,
+    /// Norm before attention.
+    pub input_layernorm: Tensor<1>,
+    /// Norm before the feed-forward block.
+    pub post_attention_layernorm: Tensor<1>,
+}
+
+impl Model {
+    /// Loads a model folder (GGUF, or `config.json` with safetensors) onto the CPU.
+    ///
+    /// # Errors
+    /// [`ModelError`] naming the file and tensor that is missing, misshapen or of a type that is
+    /// not supported.
+    pub fn load(folder: &Path) -> Result<Self, ModelError> {
+        let folder = ModelFolder::open(folder)?;
+        let config = ModelConfig::read(&folder)?;
+        let weights = Weights::open(&folder, &config)?;
+        let device = Device::flex();
+        let matrix = |name: &str, shape: [usize; 2]| -> Result<Tensor<2>, ModelError> {
+            let values = weights.load(name, &shape)?;
+            Ok(Tensor::from_data(TensorData::new(values, shape), &device))
+        };
+        let vector = |name: &str, len: usize| -> Result<Tensor<1>, ModelError> {
+            let values = weights.load(name, &[len])?;
+            Ok(Tensor::from_data(TensorData::new(values, [len]), &device))
+        };
+        let (vocabulary, hidden) = (config.vocab_size, config.hidden_size);
+        let layer = |index: usize| -> Result<Layer, ModelError> {
+            let mut projections = Vec::new();
+            let mut biases = Vec::new();
+            for projection in 0..crate::PROJECTIONS.len() {
+                let name = crate::adapter::projection_name(index, projection);
+                let (inputs, outputs) = projection_shape(&config, projection);
+                projections.push(matrix(&format!("{name}.weight"), [outputs, inputs])?);
+                let biased = config.qkv_bias && projection < 3;
+                let bias = biased.then(|| vector(&format!("{name}.bias"), outputs)).transpose()?;
+                biases.push(bias);
+            }
+            let norm = |name: &str| vector(&format!("model.layers.{index}.{name}.weight"), hidden);
+            Ok(Layer {
+                projections,
+                biases,
+                input_layernorm: norm("input_layernorm")?,
+                post_attention_layernorm: norm("post_attention_layernorm")?,
+            })
+        };
+        let layers = (0..config.num_hidden_layers)
+            .into_par_iter()
+            .map(layer)
+            .collect::<Result<Vec<_>, _>>()?;
+        let head = weights.has("lm_head.weight") && !config.tie_word_embeddings;
+        Ok(Self {
+            embed_tokens: matrix("model.embed_tokens.weight", [vocabulary, hidden])?,
+            norm: vector("model.norm.weight", hidden)?,
+            lm_head: head
+                .then(|| matrix("lm_head.weight", [vocabulary, hidden]))
+                .transpose()?,
+            layers,
+            config,
+            packed: OnceLock::new(),
+            rope: OnceLock::new(),
+        })
+    }
+
+    /// Shape of the model.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// Bytes of the weights in memory.
+    pub fn weight_bytes(&self) -> u64 {
+        let c = &self.config;
+        let linear: usize = (0..crate::PROJECTIONS.len())
+            .map(|p| projection_shape(c, p))
+            .map(|(i, o)| i * o)
+            .sum();
+        let heads = 1 + usize::from(self.lm_head.is_some());
+        let count = heads * c.vocab_size * c.hidden_size + c.num_hidden_layers * linear;
+        (count * size_of::<f32>()) as u64
+    }
+
+    /// Longest context of the model in tokens.
+    pub fn max_positions(&self) -> usize {
+        self.config.max_position_embeddings
+    }
+
+    /// Backend and device, for provenance.
+    pub fn backend(&self) -> (String, String) {
+        let threads = rayon::current_num_threads();
+        ("burn-flex".to_owned(), format!("cpu {:?} x{threads}", kernels::isa()).to_lowercase())
+    }
+
+    /// A fresh adapter; see [`Adapter::fresh`].
+    ///
+    /// # Errors
+    /// As [`Adapter::fresh`].
+    pub fn new_adapter(&self, config: &LoraConfig, seed: u64) -> Result<Adapter, ModelError> {
+        Adapter::fresh(&self.config, config, seed)
+    }
+
+    /// Rotary table of all positions of the model.
+    pub(crate) fn rope(&self) -> &RopeTable {
+        self.rope.get_or_init(|| {
+            let c = &self.config;
+            RopeTable::new(c.max_position_embeddings, c.head_dim, c.rope_theta)
+        })
+    }
+
+    /// The head `[vocabulary, hidden]`.
+    pub(crate) fn head(&self) -> &Tensor<2> {
+        self.lm_head.as_ref().unwrap_or(&self.embed_tokens)
+    }
+
+    /// The weights' own memory, borrowed through the tensors' primitives.
+    pub(crate) fn pin(&self) -> Pinned {
+        Pinned {
+            embed: Memory::of(&self.embed_tokens),
+            head: Memory::of(self.head()),
+            norm: Memory::of(&self.norm),
+            layers: self
+                .layers
+                .iter()
+                .map(|layer| PinnedLayer {
+                    projections: layer
+                        .projections
+                        .iter()
+                        .zip(&layer.biases)
+                        .map(|(w, b)| {
+                            let [outputs, inputs] = w.dims();
+                            (Memory::of(w), b.as_ref().map(Memory::of), inputs, outputs)
+                        })
+                        .collect(),
+                    input_norm: Memory::of(&layer.input_layernorm),
+                    post_norm: Memory::of(&layer.post_attention_layernorm),
+                })
+                .collect(),
+        }
+    }
+}
+
+/// A share of a flex tensor's memory.
+pub(crate) struct Memory(burn::backend::flex::FlexTensor);
+
+impl Memory {
+    fn of<const D: usize>(tensor: &Tensor<D>) -> Self {
+        let primitive = tensor.clone().try_into_primitive::<Flex>();
+        Self(primitive.expect("invariant: models are loaded onto flex"))
+    }
+
+    pub(crate) fn slice(&self) -> &[f32] {
+        self.0.storage::<f32>()
+    }
+}
+
+/// Shares of all weights.
+pub(crate) struct Pinned {
+    pub(crate) embed: Memory,
+    pub(crate) head: Memory,
+    pub(crate) norm: Memory,
+    pub(crate) layers: Vec<PinnedLayer>,
+}
+
+/// Shares of one layer's weights.
+pub(crate) struct PinnedLayer {
+    projections: Vec<(Memory, Option<Memory>, usize, usize)>,
+    pub(crate) input_norm: Memory,
+    pub(crate) post_norm: Memory,
+}
+
+impl PinnedLayer {
+    pub(crate) fn projection(&self, index: usize) -> Frozen<'_> {
+        let (weight, bias, inputs, outputs) = &self.projections[index];
+        Frozen {
+            weight: weight.slice(),
+            bias: bias.as_ref().map(Memory::slice),
+            inputs: *inputs,
+            outputs: *outputs,
+        }
+    }
+}

@@ -1,0 +1,160 @@
+//! One frozen projection with its adapter, forward and backward.
+//!
+//! With `u = scale · x·Aᵀ`: `y = x·Wᵀ + bias + u·Bᵀ`, `dB += dyᵀ·u`, `du = scale · dy·B`,
+//! `dA += duᵀ·x`, `dx += dy·W + du·A`. W is decoded once and never merged with the adapter.
+
+use std::ops::Range;
+
+use kernels::gemm::{Into, View, gemm};
+use kernels::{dropout::dropout, elementwise};
+
+use crate::adapter::{Adapter, Factor};
+
+/// A frozen weight `[outputs, inputs]` and bias `[outputs]` in memory.
+#[derive(Clone, Copy)]
+pub(crate) struct Frozen<'a> {
+    pub(crate) weight: &'a [f32],
+    pub(crate) bias: Option<&'a [f32]>,
+    pub(crate) inputs: usize,
+    pub(crate) outputs: usize,
+}
+
+impl Frozen<'_> {
+    /// `y = x·Wᵀ + bias`.
+    pub(crate) fn forward(&self, x: &[f32], y: &mut [f32]) {
+        let rows = x.len() / self.inputs;
+        let w = View::transposed(self.weight, self.inputs);
+        let x = View::rows(x, self.inputs);
+        gemm(rows, self.outputs, self.inputs, x, w, y, self.outputs, Into::Overwrite);
+        add_bias(self.bias, y);
+    }
+
+    /// `dx = or += dy·W`.
+    pub(crate) fn backward(&self, dy: &[f32], dx: &mut [f32], into: Into) {
+        let rows = dy.len() / self.outputs;
+        let (dy, w) = (View::rows(dy, self.outputs), View::rows(self.weight, self.inputs));
+        gemm(rows, self.inputs, self.outputs, dy, w, dx, self.inputs, into);
+    }
+}
+
+/// Adds a bias to every row of `y`.
+pub(crate) fn add_bias(bias: Option<&[f32]>, y: &mut [f32]) {
+    if let Some(bias) = bias {
+        for row in y.chunks_exact_mut(bias.len()) {
+            row.iter_mut().zip(bias).for_each(|(y, b)| *y += b);
+        }
+    }
+}
+
+/// The adapter of the projections that share one input: `u = scale · dropout(x)·A_allᵀ`.
+pub(crate) struct Branch<'a> {
+    adapter: &'a Adapter,
+    factors: &'a [Factor],
+    /// Key of the dropout mask, where there is dropout.
+    key: Option<u64>,
+}
+
+impl<'a> Branch<'a> {
+    pub(crate) fn new(adapter: &'a Adapter, layer: usize, group: usize, key: Option<u64>) -> Self {
+        let key = key.filter(|_| adapter.config.dropout > 0.0);
+        Self { adapter, factors: adapter.group(layer, group), key }
+    }
+
+    /// Columns of `u`: the rank times the adapted projections of the group.
+    pub(crate) fn width(&self) -> usize {
+        self.factors.len() * self.adapter.config.r
+    }
+
+    /// The A factors of the group, side by side.
+    fn a_range(&self) -> Range<usize> {
+        match (self.factors.first(), self.factors.last()) {
+            (Some(first), Some(last)) => first.a.start..last.a.end,
+            _ => 0..0,
+        }
+    }
+
+    /// `u [rows, width]` for the group's input `x [rows, inputs]`.
+    pub(crate) fn down(&self, x: &[f32]) -> Vec<f32> {
+        let Some(first) = self.factors.first() else { return Vec::new() };
+        let (inputs, width) = (first.inputs, self.width());
+        let rows = x.len() / inputs;
+        let mut u = vec![0.0; rows * width];
+        let a = View::transposed(&self.adapter.values[self.a_range()], inputs);
+        let dropped = self.dropped(x);
+        let x = View::rows(dropped.as_deref().unwrap_or(x), inputs);
+        gemm(rows, width, inputs, x, a, &mut u, width, Into::Overwrite);
+        elementwise::scale(&mut u, self.adapter.scale());
+        u
+    }
+
+    /// `y += u·Bᵀ` for the projection of that index, where it is adapted.
+    pub(crate) fn up(&self, projection: usize, u: &[f32], y: &mut [f32]) {
+        let Some((member, factor)) = self.member(projection) else { return };
+        let (r, width) = (self.adapter.config.r, self.width());
+        let rows = u.len() / width;
+        let b = View::transposed(&self.adapter.values[factor.b.clone()], r);
+        let u = View::rows(&u[member * r..], width);
+        gemm(rows, factor.outputs, r, u, b, y, factor.outputs, Into::Accumulate);
+    }
+
+    /// Adds `dyᵀ·u` to the gradient of B and writes `scale · dy·B` into the projection's columns of
+    /// `du`.
+    pub(crate) fn up_backward(
+        &self,
+        projection: usize,
+        u: &[f32],
+        dy: &[f32],
+        du: &mut [f32],
+        grad: &mut [f32],
+    ) {
+        let Some((member, factor)) = self.member(projection) else { return };
+        let (r, width, outputs) = (self.adapter.config.r, self.width(), factor.outputs);
+        let rows = u.len() / width;
+        let u = View::rows(&u[member * r..], width);
+        let db = &mut grad[factor.b.clone()];
+        gemm(outputs, r, rows, View::transposed(dy, outputs), u, db, r, Into::Accumulate);
+        let b = View::rows(&self.adapter.values[factor.b.clone()], r);
+        let columns = &mut du[member * r..];
+        gemm(rows, r, outputs, View::rows(dy, outputs), b, columns, width, Into::Overwrite);
+    }
+
+    /// Adds `duᵀ·x` to the gradient of the A factors, and `du·A` to `dx` where there is one.
+    pub(crate) fn down_backward(
+        &self,
+        x: &[f32],
+        du: &mut [f32],
+        dx: Option<&mut [f32]>,
+        grad: &mut [f32],
+    ) {
+        let Some(first) = self.factors.first() else { return };
+        let (inputs, width) = (first.inputs, self.width());
+        let rows = x.len() / inputs;
+        elementwise::scale(du, self.adapter.scale());
+        let dropped = self.dropped(x);
+        let source = View::rows(dropped.as_deref().unwrap_or(x), inputs);
+        let da = &mut grad[self.a_range()];
+        gemm(width, inputs, rows, View::transposed(du, width), source, da, inputs, Into::Accumulate);
+        let Some(dx) = dx else { return };
+        let a = View::rows(&self.adapter.values[self.a_range()], inputs);
+        let du = View::rows(du, width);
+        if let Some(key) = self.key {
+            let mut part = vec![0.0; x.len()];
+            gemm(rows, inputs, width, du, a, &mut part, inputs, Into::Overwrite);
+            dropout(&mut part, self.adapter.config.dropout, key);
+            elementwise::add_assign(dx, &part);
+        } else {
+            gemm(rows, inputs, width, du, a, dx, inputs, Into::Accumulate);
+        }
+    }
+
+    fn dropped(&self, x: &[f32]) -> Option<Vec<f32>> {
+        let key = self.key?;
+        let mut x = x.to_vec();
+        dropout(&mut x, self.adapter.config.dropout, key);
+        Some(x)
+    }
+
+    fn member(&self, projection: usize) -> Option<(usize, &Factor)> {
+        self.factors.iter().enumerate().find(|(_, f)| f.projection == projection)
+    }
+}

@@ -1,0 +1,207 @@
+//! The slow twin: the same decoder in plain Burn operations, differentiated by Burn's autodiff.
+//!
+//! Nothing here is fused, packed or hand-derived. Tests hold the fast path against it.
+
+use burn::tensor::activation::{log_softmax, silu, softmax};
+use burn::tensor::{Device, Int, Tensor, TensorData};
+
+use crate::adapter::{Adapter, Factor, PROJECTIONS};
+use crate::decoder::{Layer, Model};
+use crate::micro_step::{Loss, MicroBatch};
+
+/// A pass over one batch on a device of Burn's.
+struct Twin<'a> {
+    model: &'a Model,
+    device: Device,
+    /// `(A, B)` of every factor.
+    factors: Vec<(&'a Factor, Tensor<2>, Tensor<2>)>,
+    scale: f32,
+    cos: Tensor<2>,
+    sin: Tensor<2>,
+    /// 0 where a query may look, minus infinity elsewhere `[n, n]`.
+    mask: Tensor<2>,
+}
+
+/// Loss and gradient as [`Model::loss_and_grad`] gives them (without dropout), by autodiff.
+pub fn loss_and_grad(
+    model: &Model,
+    adapter: &Adapter,
+    batch: MicroBatch<'_>,
+    scale: f32,
+) -> (Loss, Vec<f32>) {
+    let twin = Twin::new(model, Some(adapter), batch.cu_seqlens, Device::flex().autodiff());
+    let logits = twin.logits(batch.tokens);
+    let rows: Vec<usize> = (0..batch.targets.len()).filter(|i| batch.targets[*i] != -100).collect();
+    let indices: Vec<i32> = rows.iter().map(|r| *r as i32).collect();
+    let targets: Vec<i32> = rows.iter().map(|r| batch.targets[*r]).collect();
+    let log_p = log_softmax(logits.select(0, twin.int(indices)), 1);
+    let picked = log_p.gather(1, twin.int(targets).reshape([rows.len() as i64, 1]));
+    let sum = picked.sum().neg();
+    let total: f32 = sum.clone().into_scalar();
+    let grads = (sum * scale).backward();
+    let mut grad = vec![0.0; adapter.values.len()];
+    for (factor, a, b) in &twin.factors {
+        for (tensor, range) in [(a, &factor.a), (b, &factor.b)] {
+            if let Some(g) = tensor.grad(&grads) {
+                grad[range.clone()].copy_from_slice(&values(&g));
+            }
+        }
+    }
+    (Loss { sum: f64::from(total), targets: rows.len() as u64 }, grad)
+}
+
+/// Logits `[n, vocabulary]` as [`Model::logits`] gives them.
+pub fn logits(
+    model: &Model,
+    adapter: Option<&Adapter>,
+    tokens: &[i32],
+    cu_seqlens: &[i32],
+) -> Vec<f32> {
+    values(&Twin::new(model, adapter, cu_seqlens, Device::flex()).logits(tokens))
+}
+
+fn values<const D: usize>(tensor: &Tensor<D>) -> Vec<f32> {
+    let data = tensor.clone().into_data();
+    data.as_slice::<f32>().expect("invariant: the twin computes in f32").to_vec()
+}
+
+impl<'a> Twin<'a> {
+    fn new(
+        model: &'a Model,
+        adapter: Option<&'a Adapter>,
+        cu_seqlens: &[i32],
+        device: Device,
+    ) -> Self {
+        let tensor = |values: &[f32], shape: [usize; 2]| -> Tensor<2> {
+            Tensor::from_data(TensorData::new(values.to_vec(), shape), &device)
+        };
+        let factors = adapter.into_iter().flat_map(|adapter| {
+            let r = adapter.config.r;
+            adapter.factors.iter().map(move |f| (f, r, adapter))
+        });
+        let factors = factors
+            .map(|(f, r, adapter)| {
+                let a = tensor(&adapter.values[f.a.clone()], [r, f.inputs]);
+                let b = tensor(&adapter.values[f.b.clone()], [f.outputs, r]);
+                if device.is_autodiff() {
+                    (f, a.require_grad(), b.require_grad())
+                } else {
+                    (f, a, b)
+                }
+            })
+            .collect();
+        let c = model.config();
+        let segment = segments(cu_seqlens);
+        let n = segment.len();
+        let angle = |i: usize, j: usize| {
+            let frequency = 1.0 / c.rope_theta.powf(2.0 * j as f32 / c.head_dim as f32);
+            segment[i].1 as f32 * frequency
+        };
+        let half = c.head_dim / 2;
+        let table = |f: fn(f32) -> f32| -> Vec<f32> {
+            (0..n).flat_map(|i| (0..c.head_dim).map(move |j| (i, j % half))).map(|(i, j)| f(angle(i, j))).collect()
+        };
+        let hidden = |i: usize, j: usize| segment[i].0 != segment[j].0 || j > i;
+        let mask: Vec<f32> = (0..n * n)
+            .map(|at| if hidden(at / n, at % n) { f32::NEG_INFINITY } else { 0.0 })
+            .collect();
+        Self {
+            model,
+            factors,
+            scale: adapter.map_or(0.0, Adapter::scale),
+            cos: tensor(&table(f32::cos), [n, c.head_dim]),
+            sin: tensor(&table(f32::sin), [n, c.head_dim]),
+            mask: tensor(&mask, [n, n]),
+            device,
+        }
+    }
+
+    fn int(&self, values: Vec<i32>) -> Tensor<1, Int> {
+        let len = values.len();
+        Tensor::from_data(TensorData::new(values, [len]), &self.device)
+    }
+
+    /// A frozen weight on the twin's device.
+    fn frozen<const D: usize>(&self, tensor: &Tensor<D>) -> Tensor<D> {
+        if self.device.is_autodiff() { tensor.clone().autodiff() } else { tensor.clone() }
+    }
+
+    fn logits(&self, tokens: &[i32]) -> Tensor<2> {
+        let mut x = self.frozen(&self.model.embed_tokens).select(0, self.int(tokens.to_vec()));
+        for (index, layer) in self.model.layers.iter().enumerate() {
+            x = self.layer(index, layer, x);
+        }
+        let x = self.norm(x, &self.model.norm);
+        x.matmul(self.frozen(self.model.head()).transpose())
+    }
+
+    fn layer(&self, index: usize, layer: &Layer, x: Tensor<2>) -> Tensor<2> {
+        let c = self.model.config();
+        let h = self.norm(x.clone(), &layer.input_layernorm);
+        let q = self.rotate(self.heads(self.linear(index, layer, 0, h.clone()), c.num_attention_heads));
+        let k = self.rotate(self.heads(self.linear(index, layer, 1, h.clone()), c.num_key_value_heads));
+        let v = self.heads(self.linear(index, layer, 2, h), c.num_key_value_heads);
+        let group = c.num_attention_heads / c.num_key_value_heads;
+        let (k, v) = (repeat_heads(k, group), repeat_heads(v, group));
+        let scores = q.matmul(k.swap_dims(1, 2)) / (c.head_dim as f32).sqrt();
+        let weights = softmax(scores + self.mask.clone().unsqueeze::<3>(), 2);
+        let [n, _] = x.dims();
+        let width = c.num_attention_heads * c.head_dim;
+        let attended = weights.matmul(v).swap_dims(0, 1).reshape([n, width]);
+        let x = x + self.linear(index, layer, 3, attended);
+        let h = self.norm(x.clone(), &layer.post_attention_layernorm);
+        let gate = self.linear(index, layer, 4, h.clone());
+        let up = self.linear(index, layer, 5, h);
+        x + self.linear(index, layer, 6, silu(gate) * up)
+    }
+
+    /// `x·Wᵀ + bias + scale · (x·Aᵀ)·Bᵀ`.
+    fn linear(&self, index: usize, layer: &Layer, projection: usize, x: Tensor<2>) -> Tensor<2> {
+        let mut y = x.clone().matmul(self.frozen(&layer.projections[projection]).transpose());
+        if let Some(bias) = &layer.biases[projection] {
+            y = y + self.frozen(bias).unsqueeze::<2>();
+        }
+        let name = PROJECTIONS[projection];
+        let adapted = self.factors.iter().find(|(f, _, _)| {
+            f.layer == index && f.name.rsplit('.').next() == Some(name)
+        });
+        if let Some((_, a, b)) = adapted {
+            let low = x.matmul(a.clone().transpose());
+            y = y + low.matmul(b.clone().transpose()) * self.scale;
+        }
+        y
+    }
+
+    fn norm(&self, x: Tensor<2>, weight: &Tensor<1>) -> Tensor<2> {
+        let eps = self.model.config().rms_norm_eps;
+        let rms = (x.clone().powf_scalar(2.0).mean_dim(1) + eps).sqrt();
+        x / rms * self.frozen(weight).unsqueeze::<2>()
+    }
+
+    /// `[n, heads * d]` to `[heads, n, d]`.
+    fn heads(&self, x: Tensor<2>, heads: usize) -> Tensor<3> {
+        let [n, _] = x.dims();
+        x.reshape([n, heads, self.model.config().head_dim]).swap_dims(0, 1)
+    }
+
+    /// `x * cos + rotate_half(x) * sin`.
+    fn rotate(&self, x: Tensor<3>) -> Tensor<3> {
+        let half = self.model.config().head_dim / 2;
+        let low = x.clone().narrow(2, 0, half);
+        let high = x.clone().narrow(2, half, half);
+        let turned = Tensor::cat(vec![high.neg(), low], 2);
+        x * self.cos.clone().unsqueeze::<3>() + turned * self.sin.clone().unsqueeze::<3>()
+    }
+}
+
+/// Segment and position of every token.
+fn segments(cu_seqlens: &[i32]) -> Vec<(usize, u32)> {
+    let bounds = cu_seqlens.windows(2).enumerate();
+    bounds.flat_map(|(s, w)| (0..(w[1] - w[0]) as u32).map(move |p| (s, p))).collect()
+}
+
+/// `[kv_heads, n, d]` to `[kv_heads * group, n, d]`, each head repeated.
+fn repeat_heads(x: Tensor<3>, group: usize) -> Tensor<3> {
+    let [kv, n, d] = x.dims();
+    x.reshape([kv, 1, n, d]).repeat_dim(1, group).reshape([kv * group, n, d])
+}
