@@ -33,3 +33,123 @@ pub struct Identity {
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub upstream: BTreeMap<String, Fingerprint>,
 }
+
+impl Identity {
+    /// The hash: blake3 of the canonical JSON.
+    pub fn fingerprint(&self) -> Fingerprint {
+        let value = serde_json::to_value(self).unwrap_or_default();
+        Fingerprint(*blake3::hash(canonical(&value).as_bytes()).as_bytes())
+    }
+}
+
+/// JSON with sorted keys, no white space, and one spelling for every number: `1`, `1.0` and `1e0`
+/// are equal.
+pub fn canonical(value: &Value) -> String {
+    let mut out = String::new();
+    write_canonical(value, &mut out);
+    out
+}
+
+fn write_canonical(value: &Value, out: &mut String) {
+    match value {
+        Value::Object(map) => {
+            let sorted: BTreeMap<&String, &Value> = map.iter().collect();
+            out.push('{');
+            for (i, (key, value)) in sorted.into_iter().enumerate() {
+                if i > 0 {
+                    out.push(',');
+                }
+                out.push_str(&Value::String(key.clone()).to_string());
+                out.push(':');
+                write_canonical(value, out);
+            }
+            out.push('}');
+        }
+        Value::Array(items) => {
+            out.push('[');
+            for (i, value) in items.iter().enumerate() {
+                if i > 0 {
+                    out.push(',');
+                }
+                write_canonical(value, out);
+            }
+            out.push(']');
+        }
+        Value::Number(number) => match number.as_f64() {
+            // Whole floats up to 2^53 are written as the integers they are.
+            Some(float) if number.is_f64() && float.fract() == 0.0 && float.abs() < 9.0e15 => {
+                out.push_str(&(float as i64).to_string());
+            }
+            _ => out.push_str(&number.to_string()),
+        },
+        other => out.push_str(&other.to_string()),
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use proptest::prelude::*;
+    use serde_json::json;
+
+    use super::*;
+
+    fn identity() -> Identity {
+        Identity {
+            schema: SCHEMA,
+            kind: "train".into(),
+            version: "1".into(),
+            params: json!({"r": 16, "lr": 2e-4, "targets": ["q", "v"]}),
+            inputs: [("tokens".to_owned(), Digest::of(b"tokens"))].into(),
+            env: BTreeMap::new(),
+            lock: None,
+            upstream: BTreeMap::new(),
+        }
+    }
+
+    #[test]
+    fn every_field_changes_the_fingerprint() {
+        let base = identity();
+        let fp = Fingerprint([7; 32]);
+        let changes: Vec<Box<dyn Fn(&mut Identity)>> = vec![
+            Box::new(|i| i.schema += 1),
+            Box::new(|i| i.kind = "evaluate".into()),
+            Box::new(|i| i.version = "2".into()),
+            Box::new(|i| i.params["r"] = json!(8)),
+            Box::new(|i| i.params["targets"] = json!(["v", "q"])),
+            Box::new(|i| i.inputs.extend([("tokens".into(), Digest::of(b"other"))])),
+            Box::new(|i| i.inputs.extend([("more".into(), Digest::of(b"tokens"))])),
+            Box::new(|i| i.env.extend([("A".into(), None)])),
+            Box::new(|i| i.env.extend([("A".into(), Some(String::new()))])),
+            Box::new(|i| i.lock = Some(json!({"revision": "x"}))),
+            Box::new(move |i| i.upstream.extend([("s".into(), fp)])),
+        ];
+        let mut seen = vec![base.fingerprint()];
+        for change in changes {
+            let mut changed = base.clone();
+            change(&mut changed);
+            seen.push(changed.fingerprint());
+        }
+        let distinct: std::collections::BTreeSet<_> = seen.iter().collect();
+        assert_eq!(distinct.len(), seen.len());
+    }
+
+    #[test]
+    fn key_order_and_spelling_of_numbers_do_not_matter() {
+        let a = json!({"a": 1.0, "b": {"x": 0.0001, "y": 2}});
+        let b: Value = serde_json::from_str(r#"{"b": {"y": 2.0, "x": 1e-4}, "a": 1}"#).unwrap();
+        assert_eq!(canonical(&a), canonical(&b));
+    }
+
+    proptest! {
+        #[test]
+        fn fingerprint_survives_the_record_s_json(r in any::<i64>(), lr in any::<f64>(), key in ".*") {
+            prop_assume!(lr.is_finite());
+            let mut one = identity();
+            one.params = json!({"r": r, "lr": lr, key: "text"});
+            let text = serde_json::to_string(&one).unwrap();
+            let two: Identity = serde_json::from_str(&text).unwrap();
+            prop_assert_eq!(one.fingerprint(), two.fingerprint());
+        }
+    }
+}

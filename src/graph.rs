@@ -1,1 +1,177 @@
-//! TODO-owner
+//! The stages of a pipeline as a directed graph: order, closures, cycles, drawings.
+
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
+use std::fmt::Write;
+
+use petgraph::Direction;
+use petgraph::algo::tarjan_scc;
+use petgraph::graph::{DiGraph, NodeIndex};
+
+use crate::pipeline::{InputRef, Pipeline, Stage};
+
+/// Stages and who needs whom.
+#[derive(Debug)]
+pub struct StageGraph {
+    /// Node `i` is stage `i` of the pipeline; edges run from producer to consumer.
+    graph: DiGraph<(), ()>,
+    names: Vec<String>,
+    order: Vec<usize>,
+    rank: BTreeMap<String, usize>,
+}
+
+impl StageGraph {
+    /// The graph of a validated pipeline.
+    pub fn new(pipeline: &Pipeline) -> Self {
+        let graph = edges(&pipeline.stages);
+        let order = topological(&graph);
+        let names: Vec<String> = pipeline.stages.iter().map(|s| s.name.clone()).collect();
+        let rank = order.iter().enumerate().map(|(rank, i)| (names[*i].clone(), rank)).collect();
+        Self { graph, names, order, rank }
+    }
+
+    /// All stages, producers first, file order among those that are ready.
+    pub fn order(&self) -> impl Iterator<Item = &str> {
+        self.order.iter().map(|i| self.names[*i].as_str())
+    }
+
+    /// The named stages and everything upstream of them, in [`StageGraph::order`].
+    pub fn with_upstream(&self, names: &[String]) -> Vec<String> {
+        self.reach(names, Direction::Incoming)
+    }
+
+    /// The named stages and everything downstream of them, in [`StageGraph::order`].
+    pub fn with_downstream(&self, names: &[String]) -> Vec<String> {
+        self.reach(names, Direction::Outgoing)
+    }
+
+    fn reach(&self, names: &[String], direction: Direction) -> Vec<String> {
+        let mut seen = BTreeSet::new();
+        let mut open: Vec<usize> = names.iter().filter_map(|n| self.index(n)).collect();
+        while let Some(i) = open.pop() {
+            if seen.insert(i) {
+                let near = self.graph.neighbors_directed(NodeIndex::new(i), direction);
+                open.extend(near.map(NodeIndex::index));
+            }
+        }
+        let mut reached: Vec<String> = seen.into_iter().map(|i| self.names[i].clone()).collect();
+        reached.sort_by_key(|name| self.rank.get(name).copied());
+        reached
+    }
+
+    fn index(&self, name: &str) -> Option<usize> {
+        self.rank.get(name).map(|rank| self.order[*rank])
+    }
+
+    /// Graphviz DOT; `note` adds a line under a stage's name.
+    pub fn to_dot(&self, pipeline: &Pipeline, note: impl Fn(&str) -> Option<String>) -> String {
+        let mut out = String::from("digraph pipeline {\n  rankdir=LR;\n  node [shape=box];\n");
+        for stage in &pipeline.stages {
+            let label = lines(stage, note(&stage.name)).join("\\n");
+            let _ = writeln!(out, "  \"{}\" [label=\"{}\"];", stage.name, label.replace('"', "\\\""));
+        }
+        for (from, to, label) in labelled_edges(pipeline) {
+            let _ = writeln!(out, "  \"{from}\" -> \"{to}\" [label=\"{label}\"];");
+        }
+        out.push_str("}\n");
+        out
+    }
+
+    /// Mermaid; `note` adds a line under a stage's name.
+    pub fn to_mermaid(&self, pipeline: &Pipeline, note: impl Fn(&str) -> Option<String>) -> String {
+        let mut out = String::from("flowchart LR\n");
+        let id = |name: &str| self.index(name).map_or_else(String::new, |i| format!("s{i}"));
+        for stage in &pipeline.stages {
+            let label = lines(stage, note(&stage.name)).join("<br>").replace('"', "#quot;");
+            let _ = writeln!(out, "  {}[\"{label}\"]", id(&stage.name));
+        }
+        for (from, to, label) in labelled_edges(pipeline) {
+            let _ = writeln!(out, "  {} -->|{label}| {}", id(from), id(to));
+        }
+        out
+    }
+}
+
+fn lines(stage: &Stage, note: Option<String>) -> Vec<String> {
+    let mut lines = vec![stage.name.clone()];
+    if stage.kind != stage.name {
+        lines.push(format!("({})", stage.kind));
+    }
+    lines.extend(note);
+    lines
+}
+
+fn labelled_edges(pipeline: &Pipeline) -> Vec<(&str, &str, &str)> {
+    let mut edges = Vec::new();
+    for stage in &pipeline.stages {
+        for input in stage.inputs.values() {
+            let InputRef::Output { stage: from, output } = &input.from else { continue };
+            edges.push((from.as_str(), stage.name.as_str(), output.as_str()));
+        }
+    }
+    edges
+}
+
+fn edges(stages: &[Stage]) -> DiGraph<(), ()> {
+    let index: BTreeMap<&str, usize> =
+        stages.iter().enumerate().map(|(i, s)| (s.name.as_str(), i)).collect();
+    let mut graph = DiGraph::with_capacity(stages.len(), stages.len() * 2);
+    for _ in stages {
+        graph.add_node(());
+    }
+    for (to, stage) in stages.iter().enumerate() {
+        for need in stage.needs() {
+            if let Some(from) = index.get(need) {
+                graph.add_edge(NodeIndex::new(*from), NodeIndex::new(to), ());
+            }
+        }
+    }
+    graph
+}
+
+/// Kahn's algorithm; the lowest file position first among the ready ones.
+fn topological(graph: &DiGraph<(), ()>) -> Vec<usize> {
+    let incoming = |i| graph.neighbors_directed(i, Direction::Incoming).count();
+    let mut waiting: Vec<usize> = graph.node_indices().map(incoming).collect();
+    let ready = waiting.iter().enumerate().filter(|(_, n)| **n == 0).map(|(i, _)| Reverse(i));
+    let mut ready: BinaryHeap<Reverse<usize>> = ready.collect();
+    let mut order = Vec::with_capacity(waiting.len());
+    while let Some(Reverse(i)) = ready.pop() {
+        order.push(i);
+        for next in graph.neighbors(NodeIndex::new(i)) {
+            let left = &mut waiting[next.index()];
+            *left -= 1;
+            if *left == 0 {
+                ready.push(Reverse(next.index()));
+            }
+        }
+    }
+    order
+}
+
+/// One circle of every knot of stages that wait for each other, as indices into `stages`, each
+/// stage needing the next.
+pub(crate) fn cycles(stages: &[Stage]) -> Vec<Vec<usize>> {
+    let graph = edges(stages);
+    let mut found = Vec::new();
+    for knot in tarjan_scc(&graph) {
+        let looped = knot.len() > 1 || graph.contains_edge(knot[0], knot[0]);
+        if !looped {
+            continue;
+        }
+        // Walk against the edges inside the knot until a stage comes up twice.
+        let inside: BTreeSet<_> = knot.iter().copied().collect();
+        let mut walk = vec![knot[knot.len() - 1]];
+        loop {
+            let last = walk[walk.len() - 1];
+            let next = graph.neighbors_directed(last, Direction::Incoming).find(|n| inside.contains(n));
+            let Some(next) = next else { break };
+            if let Some(at) = walk.iter().position(|n| *n == next) {
+                found.push(walk[at..].iter().map(|n| n.index()).collect());
+                break;
+            }
+            walk.push(next);
+        }
+    }
+    found
+}

@@ -1,1 +1,187 @@
-//! TODO-owner
+//! A pipeline file: YAML text to [`Pipeline`], every fault located in its source.
+//!
+//! Loading reads the one file and nothing else; whether local inputs exist is the planner's
+//! question.
+
+mod problem;
+mod read;
+mod variables;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+
+use contract::{OutputSpec, Signature, StageKind};
+use serde_json::Value;
+
+pub use problem::{PipelineError, Problem, Sources, suggest};
+
+use crate::yaml::Place;
+
+/// The stage kinds that this binary knows.
+#[derive(Clone, Copy)]
+pub struct Kinds<'a>(pub &'a [&'a dyn StageKind]);
+
+impl<'a> Kinds<'a> {
+    /// The kind called `name`.
+    pub fn get(&self, name: &str) -> Option<&'a dyn StageKind> {
+        self.0.iter().copied().find(|k| k.name() == name)
+    }
+
+    /// All names.
+    pub fn names(&self) -> impl Iterator<Item = &'static str> + use<'a> {
+        self.0.iter().map(|k| k.name())
+    }
+}
+
+/// A validated pipeline.
+#[derive(Clone, Debug)]
+pub struct Pipeline {
+    /// The file.
+    pub path: PathBuf,
+    /// Its folder; local inputs are relative to it.
+    pub dir: PathBuf,
+    /// `name:`, else the file's stem.
+    pub name: String,
+    /// Stages in file order.
+    pub stages: Vec<Stage>,
+    /// Targets by name, each a list of stages or other targets.
+    pub targets: BTreeMap<String, Vec<String>>,
+    /// Texts, for reports.
+    pub sources: Sources,
+}
+
+/// One stage.
+#[derive(Clone, Debug)]
+pub struct Stage {
+    /// Name.
+    pub name: String,
+    /// Where the name was written.
+    pub place: Place,
+    /// Kind.
+    pub kind: String,
+    /// Version of the kind.
+    pub version: String,
+    /// What it takes and makes.
+    pub signature: Signature,
+    /// Wired inputs by name.
+    pub inputs: BTreeMap<String, Input>,
+    /// Declared environment: part of the fingerprint. `None` takes the caller's value.
+    pub env: BTreeMap<String, Option<String>>,
+    /// Environment variables passed on and never stored; a trailing `*` matches any rest.
+    pub pass_env: Vec<String>,
+    /// What the provenance of a reused record must hold.
+    pub require: BTreeMap<String, Value>,
+    /// For people.
+    pub description: Option<String>,
+}
+
+/// A wired input.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Input {
+    /// Where it comes from.
+    pub from: InputRef,
+    /// Where that was written.
+    pub place: Place,
+}
+
+/// Where an input comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum InputRef {
+    /// An output of another stage.
+    Output {
+        /// Stage.
+        stage: String,
+        /// Output.
+        output: String,
+    },
+    /// A file or folder, relative to the pipeline file.
+    Local(PathBuf),
+}
+
+impl Stage {
+    /// Names of the stages whose outputs it reads, each once.
+    pub fn needs(&self) -> impl Iterator<Item = &str> {
+        let stages = self.inputs.values().filter_map(|input| match &input.from {
+            InputRef::Output { stage, .. } => Some(stage.as_str()),
+            InputRef::Local(_) => None,
+        });
+        stages.collect::<BTreeSet<_>>().into_iter()
+    }
+
+    /// The output called `name`.
+    pub fn output(&self, name: &str) -> Option<&OutputSpec> {
+        self.signature.outputs.iter().find(|o| o.name == name)
+    }
+}
+
+impl Pipeline {
+    /// Reads and validates a pipeline file.
+    ///
+    /// # Errors
+    /// [`PipelineError`] with every problem found.
+    pub fn load(path: &Path, sets: &[String], kinds: Kinds<'_>) -> Result<Self, PipelineError> {
+        let text = std::fs::read_to_string(path).map_err(|error| {
+            let help = (error.kind() == std::io::ErrorKind::NotFound)
+                .then(|| "`pipe init` writes a starter pipeline; `-f FILE` names another".to_owned());
+            PipelineError::plain(format!("could not read {}: {error}", path.display()), help)
+        })?;
+        let dir = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let dir = std::path::absolute(dir)
+            .map_err(|e| PipelineError::plain(format!("no current folder: {e}"), None))?;
+        Self::parse(path, dir, &text, sets, kinds)
+    }
+
+    /// Validates the text of a pipeline file.
+    ///
+    /// # Errors
+    /// [`PipelineError`] with every problem found.
+    pub fn parse(
+        path: &Path,
+        dir: PathBuf,
+        text: &str,
+        sets: &[String],
+        kinds: Kinds<'_>,
+    ) -> Result<Self, PipelineError> {
+        read::pipeline(path, dir, text, sets, kinds)
+    }
+
+    /// The stage called `name`.
+    pub fn stage(&self, name: &str) -> Option<&Stage> {
+        self.stages.iter().find(|s| s.name == name)
+    }
+
+    /// The stages that some names, stages or targets, stand for; without names the target
+    /// `default`, else every stage.
+    ///
+    /// # Errors
+    /// [`PipelineError`] for a name that is neither, with a suggestion.
+    pub fn select(&self, names: &[String]) -> Result<Vec<String>, PipelineError> {
+        let mut selected = Vec::new();
+        if !names.is_empty() {
+            for name in names {
+                self.resolve_name(name, &mut selected)?;
+            }
+        } else if self.targets.contains_key("default") {
+            self.resolve_name("default", &mut selected)?;
+        } else {
+            selected.extend(self.stages.iter().map(|s| s.name.clone()));
+        }
+        Ok(selected)
+    }
+
+    fn resolve_name(&self, name: &str, into: &mut Vec<String>) -> Result<(), PipelineError> {
+        if self.stage(name).is_some() {
+            if !into.iter().any(|n| n == name) {
+                into.push(name.to_owned());
+            }
+            return Ok(());
+        }
+        if let Some(members) = self.targets.get(name) {
+            return members.iter().try_for_each(|member| self.resolve_name(member, into));
+        }
+        let known = self.stages.iter().map(|s| s.name.as_str());
+        let help = suggest(name, known.chain(self.targets.keys().map(String::as_str)));
+        let message = format!("no stage or target `{name}` in {}", self.path.display());
+        Err(PipelineError::plain(message, help))
+    }
+}

@@ -1,1 +1,368 @@
-//! TODO-owner
+//! What would run and why: graph + cache -> [`Plan`].
+//!
+//! Pure: reads the cache and the local inputs, writes nothing, opens no device and no network. The
+//! runner asks the same [`Planner::decide`] once a stage's inputs are known, so that plan and run
+//! cannot disagree.
+
+mod reason;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use serde::Serialize;
+
+pub use reason::Reason;
+
+use crate::cache::{Cache, CacheError};
+use crate::digest::{Digest, Fingerprint};
+use crate::fingerprint::{Identity, SCHEMA};
+use crate::graph::StageGraph;
+use crate::lockfile::Lockfile;
+use crate::pipeline::{InputRef, Pipeline, PipelineError, Problem, Stage};
+use crate::record::Record;
+
+/// Records of finished stages by stage name.
+pub type Records = BTreeMap<String, Arc<Record>>;
+
+/// What the user asked for beyond the selection.
+#[derive(Clone, Debug, Default)]
+pub struct PlanOptions {
+    /// Stages that run although a record exists.
+    pub force: BTreeSet<String>,
+    /// Only these may run; everything upstream of them must be cached.
+    pub only: Option<BTreeSet<String>>,
+}
+
+/// Plans one pipeline against one cache.
+#[derive(Clone, Copy)]
+pub struct Planner<'a> {
+    /// The pipeline.
+    pub pipeline: &'a Pipeline,
+    /// Its graph.
+    pub graph: &'a StageGraph,
+    /// The cache.
+    pub cache: &'a Cache,
+    /// What the user asked for.
+    pub options: &'a PlanOptions,
+}
+
+/// What would happen to every stage, producers first.
+#[derive(Debug, Serialize)]
+pub struct Plan {
+    /// The stages that the selection needs.
+    pub stages: Vec<PlannedStage>,
+}
+
+/// One stage of a plan.
+#[derive(Debug, Serialize)]
+pub struct PlannedStage {
+    /// Stage.
+    pub stage: String,
+    /// Kind.
+    pub kind: String,
+    /// Fingerprint; none while an input is not known.
+    pub fingerprint: Option<Fingerprint>,
+    /// What would happen.
+    #[serde(flatten)]
+    pub decision: Decision,
+}
+
+/// What would happen to one stage.
+#[derive(Clone, Debug, Serialize)]
+#[serde(tag = "decision", rename_all = "kebab-case")]
+pub enum Decision {
+    /// Its artifacts are in the cache.
+    Reuse {
+        /// The execution that made them.
+        #[serde(serialize_with = "by_reference")]
+        record: Arc<Record>,
+    },
+    /// It runs.
+    Run {
+        /// Why.
+        reasons: Vec<Reason>,
+    },
+    /// It runs unless the stages upstream turn out to make what they made before, or what is
+    /// needed is in the cache after all.
+    Maybe {
+        /// Stages upstream that run or may run.
+        waits_for: Vec<String>,
+        /// What is known to differ from the last execution.
+        reasons: Vec<Reason>,
+    },
+}
+
+fn by_reference<S: serde::Serializer>(record: &Arc<Record>, to: S) -> Result<S::Ok, S::Error> {
+    record.as_ref().serialize(to)
+}
+
+/// The decision on a stage whose inputs are known.
+#[derive(Debug)]
+pub struct Decided {
+    /// Everything that can change its outputs.
+    pub identity: Identity,
+    /// The hash of that.
+    pub fingerprint: Fingerprint,
+    /// Reuse or run.
+    pub decision: Decision,
+}
+
+/// A plan cannot be made.
+#[derive(Debug, thiserror::Error)]
+pub enum PlanError {
+    /// The pipeline asks for something that is not there.
+    #[error(transparent)]
+    Pipeline(#[from] PipelineError),
+    /// The cache or a local input cannot be read.
+    #[error(transparent)]
+    Cache(#[from] CacheError),
+    /// `--only` leaves out a stage that is not cached.
+    #[error("stage `{stage}` is not in the cache and `--only` keeps it from running")]
+    NotCached {
+        /// Stage.
+        stage: String,
+    },
+}
+
+impl Planner<'_> {
+    /// The plan for some stages and everything upstream of them.
+    ///
+    /// # Errors
+    /// [`PlanError`] for a missing local input or an unusable cache.
+    pub fn plan(&self, selection: &[String], lock: &Lockfile) -> Result<Plan, PlanError> {
+        let mut known = Records::new();
+        let mut stages = Vec::new();
+        for name in self.graph.with_upstream(selection) {
+            let Some(stage) = self.pipeline.stage(&name) else { continue };
+            let planned = self.planned(stage, &mut known, lock)?;
+            stages.push(planned);
+        }
+        Ok(Plan { stages })
+    }
+
+    fn planned(
+        &self,
+        stage: &Stage,
+        known: &mut Records,
+        lock: &Lockfile,
+    ) -> Result<PlannedStage, PlanError> {
+        let kind = stage.kind.clone();
+        let needed: Vec<&str> = if stage.signature.reads_records {
+            Vec::new()
+        } else {
+            stage.needs().collect()
+        };
+        let transitive = self.upstream(stage);
+        let needed = if needed.is_empty() { transitive.iter().map(String::as_str).collect() } else { needed };
+        let waits_for: Vec<String> =
+            needed.iter().filter(|n| !known.contains_key(**n)).map(|n| (*n).to_owned()).collect();
+        if !waits_for.is_empty() {
+            self.local_inputs(stage)?;
+            let reasons = self.known_reasons(stage, known, lock)?;
+            let decision = if self.options.force.contains(&stage.name) {
+                Decision::Run { reasons: vec![Reason::Forced] }
+            } else {
+                Decision::Maybe { waits_for, reasons }
+            };
+            return Ok(PlannedStage { stage: stage.name.clone(), kind, fingerprint: None, decision });
+        }
+        let Decided { fingerprint, decision, .. } = self.decide(stage, known, lock)?;
+        if let Decision::Reuse { record } = &decision {
+            known.insert(stage.name.clone(), Arc::clone(record));
+        }
+        Ok(PlannedStage {
+            stage: stage.name.clone(),
+            kind,
+            fingerprint: Some(fingerprint),
+            decision,
+        })
+    }
+
+    /// Names of all stages upstream.
+    fn upstream(&self, stage: &Stage) -> Vec<String> {
+        let mut names = self.graph.with_upstream(std::slice::from_ref(&stage.name));
+        names.retain(|n| *n != stage.name);
+        names
+    }
+
+    /// Decides on a stage whose upstream records are all known.
+    ///
+    /// # Errors
+    /// [`PlanError`], also where `--only` forbids what is needed.
+    pub fn decide(
+        &self,
+        stage: &Stage,
+        records: &Records,
+        lock: &Lockfile,
+    ) -> Result<Decided, PlanError> {
+        let identity = self.identity(stage, records, lock)?;
+        let fingerprint = identity.fingerprint();
+        let decision = self.decision(stage, &identity, fingerprint)?;
+        let may_run = self.options.only.as_ref().is_none_or(|only| only.contains(&stage.name));
+        if !may_run && matches!(decision, Decision::Run { .. }) {
+            return Err(PlanError::NotCached { stage: stage.name.clone() });
+        }
+        Ok(Decided { identity, fingerprint, decision })
+    }
+
+    fn decision(
+        &self,
+        stage: &Stage,
+        identity: &Identity,
+        fingerprint: Fingerprint,
+    ) -> Result<Decision, PlanError> {
+        let run = |reason| Ok(Decision::Run { reasons: vec![reason] });
+        if self.options.force.contains(&stage.name) {
+            return run(Reason::Forced);
+        }
+        if stage.signature.lock_key.is_some() && identity.lock.is_none() {
+            return run(Reason::SourceUnresolved);
+        }
+        let Some(record) = self.cache.record(&stage.kind, fingerprint)? else {
+            let last = self.cache.last(&self.pipeline.name, &stage.name);
+            let reasons = match last {
+                Some(last) => reason::changes(stage, &last.identity, identity),
+                None => vec![Reason::NeverRan],
+            };
+            return Ok(Decision::Run { reasons });
+        };
+        if let Err(fault) = self.cache.check(&record) {
+            return run(Reason::Incomplete { output: fault.output, what: fault.what });
+        }
+        for (key, wanted) in &stage.require {
+            let found = record.provenance.get(key);
+            if found != Some(wanted) {
+                let found = found.cloned().unwrap_or_default();
+                return run(Reason::Required { key: key.clone(), wanted: wanted.clone(), found });
+            }
+        }
+        Ok(Decision::Reuse { record: Arc::new(record) })
+    }
+
+    /// Everything that can change the outputs of a stage.
+    ///
+    /// # Errors
+    /// [`PlanError`] for a missing input.
+    pub fn identity(
+        &self,
+        stage: &Stage,
+        records: &Records,
+        lock: &Lockfile,
+    ) -> Result<Identity, PlanError> {
+        let mut inputs: BTreeMap<String, Digest> = self.local_inputs(stage)?;
+        for (name, input) in &stage.inputs {
+            let InputRef::Output { stage: from, output } = &input.from else { continue };
+            let made = records.get(from).and_then(|r| r.outputs.get(output));
+            match made {
+                Some(output) => inputs.extend([(name.clone(), output.digest)]),
+                None => self.check_optional(stage, name, from, output)?,
+            }
+        }
+        let mut upstream = BTreeMap::new();
+        if stage.signature.reads_records {
+            for name in self.upstream(stage) {
+                if let Some(record) = records.get(&name) {
+                    upstream.insert(name, record.fingerprint);
+                }
+            }
+        }
+        Ok(self.without_inputs(stage, lock, inputs, upstream))
+    }
+
+    fn without_inputs(
+        &self,
+        stage: &Stage,
+        lock: &Lockfile,
+        inputs: BTreeMap<String, Digest>,
+        upstream: BTreeMap<String, Fingerprint>,
+    ) -> Identity {
+        let env = stage.env.iter().map(|(name, value)| {
+            let value = value.clone().or_else(|| std::env::var(name).ok());
+            (name.clone(), value)
+        });
+        Identity {
+            schema: SCHEMA,
+            kind: stage.kind.clone(),
+            version: stage.version.clone(),
+            params: stage.signature.identity.clone(),
+            inputs,
+            env: env.collect(),
+            lock: stage.signature.lock_key.as_ref().and_then(|k| lock.get(k)).cloned(),
+            upstream,
+        }
+    }
+
+    /// An upstream stage left an optional output out: fine where the input is optional too.
+    fn check_optional(
+        &self,
+        stage: &Stage,
+        input: &str,
+        from: &str,
+        output: &str,
+    ) -> Result<(), PlanError> {
+        let required = stage.signature.free_inputs
+            || stage.signature.inputs.iter().any(|i| i.name == input && i.required);
+        if !required {
+            return Ok(());
+        }
+        let place = stage.inputs[input].place;
+        let problem = Problem::at(
+            format!("stage `{}` needs `{from}.{output}`, which `{from}` did not make", stage.name),
+            place,
+            "needed here",
+        )
+        .help(format!("`{output}` is optional: the params of `{from}` say whether it is made"));
+        Err(PipelineError::of(vec![problem], &self.pipeline.sources).into())
+    }
+
+    fn local_inputs(&self, stage: &Stage) -> Result<BTreeMap<String, Digest>, PlanError> {
+        let mut digests = BTreeMap::new();
+        for (name, input) in &stage.inputs {
+            let InputRef::Local(path) = &input.from else { continue };
+            let full = self.pipeline.dir.join(path);
+            if !full.exists() {
+                let shown = path.display();
+                let problem =
+                    Problem::at(format!("no file or folder `{shown}`"), input.place, "needed here")
+                        .help(format!("paths are relative to {}", self.pipeline.dir.display()));
+                return Err(PipelineError::of(vec![problem], &self.pipeline.sources).into());
+            }
+            digests.insert(name.clone(), self.cache.digest_local(&full)?);
+        }
+        Ok(digests)
+    }
+
+    /// What differs from the last execution, as far as inputs are known.
+    fn known_reasons(
+        &self,
+        stage: &Stage,
+        records: &Records,
+        lock: &Lockfile,
+    ) -> Result<Vec<Reason>, PlanError> {
+        let Some(last) = self.cache.last(&self.pipeline.name, &stage.name) else {
+            return Ok(vec![Reason::NeverRan]);
+        };
+        let mut inputs = self.local_inputs(stage)?;
+        for (name, input) in &stage.inputs {
+            let InputRef::Output { stage: from, output } = &input.from else { continue };
+            let old = last.identity.inputs.get(name).copied();
+            let new = match records.get(from) {
+                Some(record) => record.outputs.get(output).map(|o| o.digest),
+                None => old,
+            };
+            inputs.extend(new.map(|digest| (name.clone(), digest)));
+        }
+        let upstream = last.identity.upstream.clone();
+        let identity = self.without_inputs(stage, lock, inputs, upstream);
+        let changed = identity != last.identity;
+        Ok(if changed { reason::changes(stage, &last.identity, &identity) } else { Vec::new() })
+    }
+}
+
+impl Plan {
+    /// Whether anything would or might run.
+    pub fn would_run(&self) -> bool {
+        self.stages.iter().any(|s| !matches!(s.decision, Decision::Reuse { .. }))
+    }
+}
+

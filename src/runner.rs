@@ -1,1 +1,368 @@
-//! TODO-owner
+//! Executes a pipeline: decides on each stage once its inputs are known, runs what must run, side
+//! by side where the graph allows, and reports through [`Event`]s.
+//!
+//! The only module that commits outputs to the cache.
+
+mod execute;
+mod slots;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::time::{Duration, Instant};
+
+use contract::{Progress, StageError};
+
+use crate::event::Event;
+use crate::lockfile::{LockError, Lockfile};
+use crate::pipeline::Stage;
+use crate::plan::{Decision, PlanError, Planner, Records};
+use crate::process::Stopper;
+use crate::record::Record;
+use execute::{Job, Made};
+
+/// How long an interrupted stage may take to stop by itself.
+const GRACE: Duration = Duration::from_secs(5);
+/// How often the loop looks for an interrupt.
+const TICK: Duration = Duration::from_millis(50);
+/// Lines of a failed stage's log that are shown.
+const TAIL: usize = 12;
+
+/// How to run.
+#[derive(Clone, Debug)]
+pub struct RunOptions {
+    /// Stages that may run at the same time.
+    pub jobs: usize,
+    /// Go on with stages that do not depend on a failed one.
+    pub keep_going: bool,
+    /// Count of interrupts by the user: the first stops the stages, the second kills them.
+    pub interrupts: Arc<AtomicUsize>,
+}
+
+/// What a run came to.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct RunSummary {
+    /// Stages run.
+    pub ran: usize,
+    /// Stages reused.
+    pub reused: usize,
+    /// Stages failed.
+    pub failed: usize,
+    /// Stages skipped or never started.
+    pub skipped: usize,
+    /// The user interrupted it.
+    pub interrupted: bool,
+}
+
+/// A run cannot go on.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// A decision cannot be made.
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+    /// The lock file cannot be written.
+    #[error(transparent)]
+    Lock(#[from] LockError),
+}
+
+/// What workers tell the loop.
+enum Message {
+    Waiting { stage: String, holder: String },
+    Started { stage: String, stopper: Stopper },
+    Progress { stage: String, progress: Progress },
+    Ended { stage: String, result: Result<Made, StageError> },
+}
+
+/// Runs the selected stages and everything upstream of them that is not cached.
+///
+/// # Errors
+/// [`RunError`] where no decision can be made; stages that were running are finished first.
+pub fn run(
+    planner: Planner<'_>,
+    lock: &mut Lockfile,
+    selection: &[String],
+    options: &RunOptions,
+    sink: &mut dyn FnMut(Event),
+) -> Result<RunSummary, RunError> {
+    let started = Instant::now();
+    let order = planner.graph.with_upstream(selection);
+    sink(Event::RunStarted { stages: order.clone() });
+    let (sender, receiver) = channel();
+    let mut run = Run {
+        planner,
+        options,
+        sink,
+        open: order,
+        records: Records::new(),
+        running: BTreeMap::new(),
+        stopped: BTreeMap::new(),
+        summary: RunSummary::default(),
+        saved: 0.0,
+        interrupted_at: None,
+        killed: false,
+    };
+    let result = std::thread::scope(|scope| {
+        let result = run.drive(lock, &sender, &receiver, &|job| {
+            let sender = sender.clone();
+            let interrupts = Arc::clone(&options.interrupts);
+            scope.spawn(move || {
+                let stage = job.stage.name.clone();
+                let result = execute::execute(planner, &job, &sender, &interrupts);
+                let _ = sender.send(Message::Ended { stage, result });
+            });
+        });
+        if result.is_err() {
+            run.stop_all(Stopper::terminate);
+        }
+        result
+    });
+    planner.cache.flush();
+    result?;
+    let RunSummary { ran, reused, failed, skipped, .. } = run.summary;
+    let (seconds, saved_seconds) = (started.elapsed().as_secs_f64(), run.saved);
+    let summary = run.summary;
+    sink(Event::RunFinished { ran, reused, failed, skipped, seconds, saved_seconds });
+    Ok(summary)
+}
+
+struct Running {
+    stopper: Option<Stopper>,
+    resources: BTreeSet<String>,
+    log: std::path::PathBuf,
+}
+
+struct Run<'a> {
+    planner: Planner<'a>,
+    options: &'a RunOptions,
+    sink: &'a mut dyn FnMut(Event),
+    /// Stages not yet decided, producers first.
+    open: Vec<String>,
+    records: Records,
+    running: BTreeMap<String, Running>,
+    /// Failed and skipped stages, with the failed stage that is the cause.
+    stopped: BTreeMap<String, String>,
+    summary: RunSummary,
+    saved: f64,
+    interrupted_at: Option<Instant>,
+    killed: bool,
+}
+
+impl<'a> Run<'a> {
+    fn drive(
+        &mut self,
+        lock: &mut Lockfile,
+        _sender: &Sender<Message>,
+        receiver: &Receiver<Message>,
+        spawn: &dyn Fn(Job<'a>),
+    ) -> Result<(), RunError> {
+        loop {
+            self.start_ready(lock, spawn)?;
+            if self.running.is_empty() {
+                self.summary.skipped += self.open.len();
+                return Ok(());
+            }
+            match receiver.recv_timeout(TICK) {
+                Ok(message) => self.handle(message, lock)?,
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return Ok(()),
+            }
+            self.look_for_interrupt();
+        }
+    }
+
+    fn start_ready(&mut self, lock: &Lockfile, spawn: &dyn Fn(Job<'a>)) -> Result<(), RunError> {
+        loop {
+            let before = self.open.len();
+            for name in std::mem::take(&mut self.open) {
+                if !self.try_start(&name, lock, spawn)? {
+                    self.open.push(name);
+                }
+            }
+            if self.open.len() == before {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Whether the stage is off the list: reused, started or skipped.
+    fn try_start(
+        &mut self,
+        name: &str,
+        lock: &Lockfile,
+        spawn: &dyn Fn(Job<'a>),
+    ) -> Result<bool, RunError> {
+        let pipeline = self.planner.pipeline;
+        let Some(stage) = pipeline.stage(name) else { return Ok(true) };
+        let upstream = self.needed(stage);
+        if let Some(cause) = upstream.iter().find_map(|n| self.stopped.get(n)).cloned() {
+            self.skip(name, cause);
+            return Ok(true);
+        }
+        if upstream.iter().any(|n| !self.records.contains_key(n)) {
+            return Ok(false);
+        }
+        let stopping = self.interrupted_at.is_some()
+            || (!self.stopped.is_empty() && !self.options.keep_going);
+        let busy = stage.signature.resources.keys();
+        let busy = busy.clone().any(|r| self.running.values().any(|other| other.resources.contains(r)));
+        if stopping || busy || self.running.len() >= self.options.jobs {
+            // A full house must not keep cached stages from being seen as such; they cost nothing
+            // and are decided when a place is free.
+            return Ok(false);
+        }
+        let decided = self.planner.decide(stage, &self.records, lock)?;
+        let reasons = match decided.decision {
+            Decision::Reuse { record } => {
+                self.reuse(stage, record);
+                return Ok(true);
+            }
+            Decision::Run { reasons } => reasons.iter().map(ToString::to_string).collect(),
+            Decision::Maybe { .. } => return Ok(false),
+        };
+        let run = crate::cache::unique_name();
+        let log = match self.planner.cache.create_log(&run, name) {
+            Ok(log) => log,
+            Err(error) => {
+                let mut failed = StageError::new(contract::Fault::Io, error.to_string());
+                failed.help = error.help();
+                self.fail(name, failed, None);
+                return Ok(true);
+            }
+        };
+        let fingerprint = decided.fingerprint;
+        (self.sink)(Event::StageStarted { stage: name.to_owned(), fingerprint, reasons, log: log.clone() });
+        let resources = stage.signature.resources.keys().cloned().collect();
+        self.running.insert(name.to_owned(), Running { stopper: None, resources, log: log.clone() });
+        let forced = self.planner.options.force.contains(name);
+        spawn(Job { stage, identity: decided.identity, records: self.records.clone(), log, forced });
+        Ok(true)
+    }
+
+    /// Stages whose records must be known first.
+    fn needed(&self, stage: &Stage) -> Vec<String> {
+        if stage.signature.reads_records {
+            let mut all = self.planner.graph.with_upstream(std::slice::from_ref(&stage.name));
+            all.retain(|n| *n != stage.name);
+            all
+        } else {
+            stage.needs().map(str::to_owned).collect()
+        }
+    }
+
+    fn reuse(&mut self, stage: &Stage, record: Arc<Record>) {
+        let pipeline = &self.planner.pipeline.name;
+        self.planner.cache.set_last(pipeline, &stage.name, &stage.kind, record.fingerprint);
+        self.saved += record.seconds;
+        self.summary.reused += 1;
+        (self.sink)(Event::StageReused {
+            stage: stage.name.clone(),
+            fingerprint: record.fingerprint,
+            saved_seconds: record.seconds,
+        });
+        self.records.insert(stage.name.clone(), record);
+    }
+
+    fn skip(&mut self, name: &str, cause: String) {
+        self.summary.skipped += 1;
+        (self.sink)(Event::StageSkipped { stage: name.to_owned(), because_of: cause.clone() });
+        self.stopped.insert(name.to_owned(), cause);
+    }
+
+    fn handle(&mut self, message: Message, lock: &mut Lockfile) -> Result<(), RunError> {
+        match message {
+            Message::Waiting { stage, holder } => {
+                (self.sink)(Event::StageWaiting { stage, holder });
+            }
+            Message::Started { stage, stopper } => {
+                if self.interrupted_at.is_some() {
+                    stopper.terminate();
+                }
+                if let Some(running) = self.running.get_mut(&stage) {
+                    running.stopper = Some(stopper);
+                }
+            }
+            Message::Progress { stage, progress } => {
+                (self.sink)(Event::StageProgress { stage, progress });
+            }
+            Message::Ended { stage, result } => self.ended(&stage, result, lock)?,
+        }
+        Ok(())
+    }
+
+    fn ended(
+        &mut self,
+        name: &str,
+        result: Result<Made, StageError>,
+        lock: &mut Lockfile,
+    ) -> Result<(), RunError> {
+        let log = self.running.remove(name).map(|r| r.log);
+        let Some(stage) = self.planner.pipeline.stage(name) else { return Ok(()) };
+        match result {
+            Ok(Made::ByOther(record)) => self.reuse(stage, record),
+            Ok(Made::Here { record, unchanged }) => {
+                if let (Some(key), Some(value)) = (&stage.signature.lock_key, &record.lock) {
+                    lock.set(key, value.clone())?;
+                }
+                let pipeline = &self.planner.pipeline.name;
+                self.planner.cache.set_last(pipeline, name, &stage.kind, record.fingerprint);
+                self.summary.ran += 1;
+                (self.sink)(Event::StageFinished {
+                    stage: name.to_owned(),
+                    fingerprint: record.fingerprint,
+                    seconds: record.seconds,
+                    unchanged,
+                    warnings: record.warnings.clone(),
+                });
+                self.records.insert(name.to_owned(), record);
+            }
+            // Stages that the user stopped did not fail.
+            Err(_) if self.interrupted_at.is_some() => {
+                self.summary.skipped += 1;
+                self.stopped.insert(name.to_owned(), name.to_owned());
+            }
+            Err(error) => self.fail(name, error, log),
+        }
+        Ok(())
+    }
+
+    fn fail(&mut self, name: &str, error: StageError, log: Option<std::path::PathBuf>) {
+        self.summary.failed += 1;
+        self.stopped.insert(name.to_owned(), name.to_owned());
+        let text = log.as_ref().and_then(|l| std::fs::read(l).ok()).unwrap_or_default();
+        let text = String::from_utf8_lossy(&text);
+        let lines: Vec<&str> = text.lines().collect();
+        let tail = &lines[lines.len().saturating_sub(TAIL)..];
+        (self.sink)(Event::StageFailed {
+            stage: name.to_owned(),
+            message: error.message,
+            help: error.help,
+            log,
+            log_tail: tail.iter().map(|l| (*l).to_owned()).collect(),
+        });
+    }
+
+    fn look_for_interrupt(&mut self) {
+        let count = self.options.interrupts.load(Ordering::SeqCst);
+        if count == 0 {
+            return;
+        }
+        let since = match self.interrupted_at {
+            Some(since) => since,
+            None => {
+                (self.sink)(Event::Interrupted);
+                self.summary.interrupted = true;
+                self.stop_all(Stopper::terminate);
+                *self.interrupted_at.insert(Instant::now())
+            }
+        };
+        if !self.killed && (count > 1 || since.elapsed() > GRACE) {
+            self.killed = true;
+            self.stop_all(Stopper::kill);
+        }
+    }
+
+    fn stop_all(&self, how: impl Fn(Stopper)) {
+        self.running.values().filter_map(|r| r.stopper).for_each(how);
+    }
+}

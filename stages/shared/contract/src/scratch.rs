@@ -63,7 +63,7 @@ impl Checkpoints {
     pub fn latest(&self) -> Option<(u64, Vec<u8>)> {
         let mut found: Vec<(u64, PathBuf)> =
             std::iter::once(&self.own).chain(&self.earlier).flat_map(|dir| listed(dir)).collect();
-        found.sort_by(|a, b| b.0.cmp(&a.0));
+        found.sort_by_key(|(sequence, _)| std::cmp::Reverse(*sequence));
         found.into_iter().find_map(|(sequence, path)| {
             let bytes = fs::read(&path).ok()?;
             let digest = blake3::hash(&bytes).to_hex();

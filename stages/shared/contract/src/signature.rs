@@ -16,6 +16,8 @@ pub struct Signature {
     pub identity: Value,
     /// Inputs by name, in the order shown to users.
     pub inputs: Vec<InputSpec>,
+    /// Any other input name is accepted too (a shell command names its own).
+    pub free_inputs: bool,
     /// Outputs by name, in the order shown to users; the first is the default output.
     pub outputs: Vec<OutputSpec>,
     /// Files or folders beside the pipeline that the stage reads: name to path relative to the

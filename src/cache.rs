@@ -1,0 +1,316 @@
+//! The on-disk cache: objects by content, records by fingerprint, logs, scratch, leases.
+//!
+//! The only module that touches a cache folder. Publishing is correct without any lock: objects
+//! are synced and renamed into place first, the record last, and neither is ever changed.
+
+mod durable;
+mod lease;
+mod materialise;
+mod object;
+mod scratch;
+mod stat_index;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+use contract::{OutputClass, OutputForm};
+use serde::{Deserialize, Serialize};
+
+pub use lease::{Acquired, Lease};
+pub use object::{Stored, TreeEntry};
+pub use scratch::Scratch;
+
+pub(crate) use durable::{unique_name, unix_seconds};
+
+use crate::digest::Fingerprint;
+use crate::record::Record;
+use stat_index::StatIndex;
+
+/// A cache folder.
+#[derive(Debug)]
+pub struct Cache {
+    root: PathBuf,
+    index: StatIndex,
+}
+
+/// The cache cannot do what was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum CacheError {
+    /// The file system refused.
+    #[error("could not {doing} {}: {source}", path.display())]
+    Io {
+        /// Completes "could not".
+        doing: &'static str,
+        /// File or folder.
+        path: PathBuf,
+        /// What the file system said.
+        source: io::Error,
+    },
+    /// Something that cannot be stored.
+    #[error("{0}")]
+    Unfit(String),
+    /// A stored file that is not what it was.
+    #[error("the cache is damaged: {0}")]
+    Damaged(String),
+}
+
+impl CacheError {
+    fn io(doing: &'static str, path: &Path, source: io::Error) -> Self {
+        Self::Io { doing, path: path.to_owned(), source }
+    }
+
+    /// What the user can do about it.
+    pub fn help(&self) -> Option<String> {
+        let Self::Io { source, .. } = self else { return None };
+        match source.kind() {
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+                Some("free some space on that disk and run again".to_owned())
+            }
+            io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => Some(
+                "a cache that cannot be written can only be read: `--cache DIR` names another"
+                    .to_owned(),
+            ),
+            _ => None,
+        }
+    }
+}
+
+/// An output of a record that cannot be used.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Fault {
+    /// Output.
+    pub output: String,
+    /// What is wrong, for people.
+    pub what: String,
+}
+
+/// What a stage last ran as, for explanations.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Last {
+    kind: String,
+    fingerprint: Fingerprint,
+}
+
+impl Cache {
+    /// The cache at `root`; nothing is created before the first write.
+    ///
+    /// # Errors
+    /// [`CacheError`] where there is something else than a folder.
+    pub fn open(root: &Path) -> Result<Self, CacheError> {
+        let root = std::path::absolute(root).map_err(|e| CacheError::io("find", root, e))?;
+        match fs::metadata(&root) {
+            Ok(meta) if !meta.is_dir() => {
+                Err(CacheError::Unfit(format!("{} is not a folder", root.display())))
+            }
+            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(CacheError::io("open", &root, e)),
+            _ => Ok(Self { index: StatIndex::for_root(&root), root }),
+        }
+    }
+
+    /// The folder.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    fn tmp_dir(&self) -> PathBuf {
+        self.root.join("tmp")
+    }
+
+    fn record_path(&self, kind: &str, fingerprint: Fingerprint) -> PathBuf {
+        self.root.join("records-v1").join(kind).join(format!("{fingerprint}.json"))
+    }
+
+    /// The record of a fingerprint. A damaged one counts as absent.
+    ///
+    /// # Errors
+    /// [`CacheError`] where the file system refuses.
+    pub fn record(
+        &self,
+        kind: &str,
+        fingerprint: Fingerprint,
+    ) -> Result<Option<Record>, CacheError> {
+        let path = self.record_path(kind, fingerprint);
+        let text = match fs::read(&path) {
+            Ok(text) => text,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(e) => return Err(CacheError::io("read", &path, e)),
+        };
+        let parsed = serde_json::from_slice::<Record>(&text).ok();
+        Ok(parsed.filter(|r| r.fingerprint == fingerprint && r.identity.fingerprint() == fingerprint))
+    }
+
+    /// Checks every object of a record; memoised, so microseconds where nothing changed.
+    ///
+    /// # Errors
+    /// The first [`Fault`].
+    pub fn check(&self, record: &Record) -> Result<(), Fault> {
+        for (name, output) in &record.outputs {
+            let fault = |what: String| Fault { output: name.clone(), what };
+            let object = output.digest.short();
+            match output.form {
+                OutputForm::File => self
+                    .verify(output.digest, Some(output.bytes))
+                    .map_err(|what| fault(format!("object {object} {what}")))?,
+                OutputForm::Tree => {
+                    let entries = self
+                        .tree(output.digest)
+                        .map_err(|what| fault(format!("listing {object} {what}")))?;
+                    for entry in entries {
+                        self.verify(entry.digest, Some(entry.bytes))
+                            .map_err(|what| fault(format!("file `{}` {what}", entry.path)))?;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Moves the faulty objects of a record to the quarantine, so that a rerun can replace them.
+    pub fn clear_faults(&self, record: &Record) {
+        let clear = |digest, bytes| {
+            let path = self.object_path(digest);
+            if path.exists() && self.verify(digest, bytes).is_err() {
+                self.quarantine(&path);
+            }
+        };
+        for output in record.outputs.values() {
+            match output.form {
+                OutputForm::File => clear(output.digest, Some(output.bytes)),
+                OutputForm::Tree => match self.tree(output.digest) {
+                    Ok(entries) => entries.iter().for_each(|e| clear(e.digest, Some(e.bytes))),
+                    Err(_) => clear(output.digest, None),
+                },
+            }
+        }
+    }
+
+    /// Publishes a record whose objects are stored. The first record of a fingerprint stays,
+    /// unless `supersede` says that it is proven incomplete or that the user forced a rerun.
+    ///
+    /// # Errors
+    /// [`CacheError`] when the disk refuses; then nothing is published.
+    pub fn publish(&self, record: &Record, supersede: bool) -> Result<(), CacheError> {
+        let path = self.record_path(&record.identity.kind, record.fingerprint);
+        let io = |e| CacheError::io("write", &path, e);
+        let mut text = serde_json::to_vec_pretty(record).map_err(|e| io(e.into()))?;
+        text.push(b'\n');
+        let unreadable = self.record(&record.identity.kind, record.fingerprint)?.is_none();
+        if supersede || (unreadable && path.exists()) {
+            return durable::replace(&self.tmp_dir(), &path, &text).map_err(io);
+        }
+        let staged = durable::stage_bytes(&self.tmp_dir(), &text).map_err(io)?;
+        durable::create_parent(&path).map_err(io)?;
+        if durable::rename_exclusive(&staged, &path).map_err(io)? {
+            durable::sync_dir(path.parent().unwrap_or(&self.root)).map_err(io)
+        } else {
+            fs::remove_file(&staged).map_err(io)
+        }
+    }
+
+    /// The record that a stage of a pipeline last ran as or reused.
+    pub fn last(&self, pipeline: &str, stage: &str) -> Option<Record> {
+        let text = fs::read(self.last_path(pipeline, stage)).ok()?;
+        let last: Last = serde_json::from_slice(&text).ok()?;
+        self.record(&last.kind, last.fingerprint).ok()?
+    }
+
+    /// Remembers what a stage ran as; written only when it changes.
+    pub fn set_last(&self, pipeline: &str, stage: &str, kind: &str, fingerprint: Fingerprint) {
+        let path = self.last_path(pipeline, stage);
+        let last = Last { kind: kind.to_owned(), fingerprint };
+        let text = serde_json::to_vec(&last).unwrap_or_default();
+        if fs::read(&path).is_ok_and(|t| t == text) {
+            return;
+        }
+        // Only explanations are lost where a cache cannot be written.
+        let staged = durable::stage_bytes(&self.tmp_dir(), &text);
+        let put = |staged: PathBuf| {
+            durable::create_parent(&path)?;
+            fs::rename(&staged, &path).inspect_err(|_| drop(fs::remove_file(&staged)))
+        };
+        if let Err(error) = staged.and_then(put) {
+            tracing::debug!(%error, "could not remember the last run of {stage}");
+        }
+    }
+
+    fn last_path(&self, pipeline: &str, stage: &str) -> PathBuf {
+        let safe: String =
+            pipeline.chars().map(|c| if c.is_alphanumeric() || "-_".contains(c) { c } else { '_' }).collect();
+        self.root.join("last").join(safe).join(format!("{stage}.json"))
+    }
+
+    /// Creates the log file of a stage in a run.
+    ///
+    /// # Errors
+    /// [`CacheError`] when the disk refuses.
+    pub fn create_log(&self, run: &str, stage: &str) -> Result<PathBuf, CacheError> {
+        let path = self.root.join("logs").join(run).join(format!("{stage}.log"));
+        durable::create_parent(&path)
+            .and_then(|()| fs::File::options().append(true).create(true).open(&path))
+            .map_err(|e| CacheError::io("create", &path, e))?;
+        Ok(path)
+    }
+
+    /// The newest log of a stage, of whichever pipeline.
+    pub fn newest_log(&self, stage: &str) -> Option<PathBuf> {
+        let runs = fs::read_dir(self.root.join("logs")).ok()?;
+        let logs = runs.flatten().map(|run| run.path().join(format!("{stage}.log")));
+        logs.filter_map(|log| {
+            let time = fs::metadata(&log).ok()?.modified().unwrap_or(SystemTime::UNIX_EPOCH);
+            Some((time, log))
+        })
+        .max()
+        .map(|(_, log)| log)
+    }
+
+    /// A fresh private folder for one execution; gone when the value is dropped.
+    ///
+    /// # Errors
+    /// [`CacheError`] when the disk refuses.
+    pub fn work_dir(&self) -> Result<WorkDir, CacheError> {
+        let path = self.tmp_dir().join(unique_name());
+        fs::create_dir_all(&path).map_err(|e| CacheError::io("create", &path, e))?;
+        Ok(WorkDir { path })
+    }
+
+    /// Writes what was learned about unchanged files.
+    pub fn flush(&self) {
+        self.index.flush();
+    }
+}
+
+/// A private folder below `tmp/`.
+#[derive(Debug)]
+pub struct WorkDir {
+    path: PathBuf,
+}
+
+impl WorkDir {
+    /// The folder.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl Drop for WorkDir {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.path);
+    }
+}
+
+/// Names of the artifacts that differ between two records.
+pub(crate) fn differing_artifacts(a: &Record, b: &Record) -> Vec<String> {
+    let artifacts = |r: &Record| -> BTreeMap<String, crate::digest::Digest> {
+        let artifacts = r.outputs.iter().filter(|(_, o)| o.class == OutputClass::Artifact);
+        artifacts.map(|(name, o)| (name.clone(), o.digest)).collect()
+    };
+    let (a, b) = (artifacts(a), artifacts(b));
+    let names = a.keys().chain(b.keys()).collect::<std::collections::BTreeSet<_>>();
+    names.into_iter().filter(|n| a.get(*n) != b.get(*n)).cloned().collect()
+}
+
+#[cfg(test)]
+mod tests;

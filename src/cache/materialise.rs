@@ -1,0 +1,87 @@
+//! Objects back into files with names: for a stage to read, or for the user to keep.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+
+use contract::OutputForm;
+
+use super::{Cache, CacheError};
+use crate::digest::Digest;
+use crate::record::OutputRecord;
+
+impl Cache {
+    /// Puts an output at `to` for a stage to read: reflink, else hard link, else copy.
+    ///
+    /// # Errors
+    /// [`CacheError`] where an object is missing or the disk refuses.
+    pub fn materialise(&self, output: &OutputRecord, to: &Path) -> Result<(), CacheError> {
+        self.place(output, to, &|object, to, exec| {
+            if reflink(object, to).is_ok() {
+                return protect(to, exec);
+            }
+            if !exec && fs::hard_link(object, to).is_ok() {
+                return Ok(());
+            }
+            fs::copy(object, to)?;
+            protect(to, exec)
+        })
+    }
+
+    /// Puts a private, writable copy of an output at `to`.
+    ///
+    /// # Errors
+    /// [`CacheError`] where an object is missing or the disk refuses.
+    pub fn copy_out(&self, output: &OutputRecord, to: &Path) -> Result<(), CacheError> {
+        self.place(output, to, &|object, to, exec| {
+            if reflink(object, to).is_err() {
+                // A plain copy would inherit the object's read-only mode.
+                io::copy(&mut File::open(object)?, &mut File::create(to)?)?;
+            }
+            if exec {
+                let mode = fs::metadata(to)?.permissions().mode();
+                fs::set_permissions(to, fs::Permissions::from_mode(mode | 0o111))?;
+            }
+            Ok(())
+        })
+    }
+
+    fn place(
+        &self,
+        output: &OutputRecord,
+        to: &Path,
+        put: &dyn Fn(&Path, &Path, bool) -> io::Result<()>,
+    ) -> Result<(), CacheError> {
+        let one = |digest: Digest, to: &Path, exec: bool| {
+            super::durable::create_parent(to)
+                .and_then(|()| put(&self.object_path(digest), to, exec))
+                .map_err(|e| CacheError::io("make", to, e))
+        };
+        match output.form {
+            OutputForm::File => one(output.digest, to, false),
+            OutputForm::Tree => {
+                let entries = self.tree(output.digest).map_err(|what| {
+                    CacheError::Damaged(format!("object {} {what}", output.digest.short()))
+                })?;
+                fs::create_dir_all(to).map_err(|e| CacheError::io("make", to, e))?;
+                entries.iter().try_for_each(|e| one(e.digest, &to.join(&e.path), e.exec))
+            }
+        }
+    }
+}
+
+/// A copy that shares blocks until one of the two is written; few file systems can.
+fn reflink(from: &Path, to: &Path) -> io::Result<()> {
+    let source = File::open(from)?;
+    let target = File::options().write(true).create_new(true).open(to)?;
+    rustix::fs::ioctl_ficlone(&target, &source).map_err(|e| {
+        let _ = fs::remove_file(to);
+        e.into()
+    })
+}
+
+fn protect(path: &Path, exec: bool) -> io::Result<()> {
+    let mode = if exec { 0o555 } else { 0o444 };
+    fs::set_permissions(path, fs::Permissions::from_mode(mode))
+}

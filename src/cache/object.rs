@@ -1,0 +1,257 @@
+//! Objects: files named by the digest of their bytes, and trees, which are listings of files.
+
+use std::fs::{self, File, Metadata};
+use std::io::{self, Read};
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use contract::OutputForm;
+use serde::{Deserialize, Serialize};
+
+use super::{Cache, CacheError, durable};
+use crate::digest::Digest;
+
+/// Folders nested deeper than this are refused.
+const MAX_DEPTH: usize = 64;
+
+/// One file of a tree. The canonical listing is the JSON of these, sorted by path; empty folders
+/// are not kept.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TreeEntry {
+    /// Path inside the tree, with `/`.
+    pub path: String,
+    /// The file may be executed.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub exec: bool,
+    /// Size in bytes.
+    pub bytes: u64,
+    /// Digest of the content.
+    pub digest: Digest,
+}
+
+/// What `ingest` stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stored {
+    /// Digest of the file, or of the tree's listing.
+    pub digest: Digest,
+    /// Bytes of content.
+    pub bytes: u64,
+}
+
+impl Cache {
+    /// Where the object of a digest is.
+    pub(crate) fn object_path(&self, digest: Digest) -> PathBuf {
+        let hex = digest.to_hex();
+        self.root.join("objects-v1").join(&hex[..2]).join(&hex[2..])
+    }
+
+    /// Moves a file or folder, which must be in this cache's own working area, into the objects.
+    ///
+    /// # Errors
+    /// [`CacheError`] when the disk refuses, or the folder holds what cannot be kept (links,
+    /// sockets, names that are not UTF-8). Objects stored until then stay, unreferenced.
+    pub fn ingest(&self, path: &Path, form: OutputForm) -> Result<Stored, CacheError> {
+        match form {
+            OutputForm::File => self.ingest_file(path),
+            OutputForm::Tree => {
+                let mut entries = Vec::new();
+                for (name, file) in files_below(path)? {
+                    let meta = metadata(&file)?;
+                    let Stored { digest, bytes } = self.ingest_file(&file)?;
+                    let exec = meta.mode() & 0o100 != 0;
+                    entries.push(TreeEntry { path: name, exec, bytes, digest });
+                }
+                let listing = listing(&entries);
+                let digest = Digest::of(&listing);
+                let tmp = self.tmp_dir();
+                let staged = durable::stage_bytes(&tmp, &listing)
+                    .map_err(|e| CacheError::io("write to", &tmp, e))?;
+                self.install(&staged, digest)?;
+                Ok(Stored { digest, bytes: entries.iter().map(|e| e.bytes).sum() })
+            }
+        }
+    }
+
+    fn ingest_file(&self, path: &Path) -> Result<Stored, CacheError> {
+        let io = |doing| move |e| CacheError::io(doing, path, e);
+        let meta = metadata(path)?;
+        if !meta.is_file() {
+            return Err(CacheError::Unfit(format!("{} is not a regular file", path.display())));
+        }
+        let file = File::open(path).map_err(io("open"))?;
+        let digest = hash(&file).map_err(io("read"))?;
+        file.sync_all().map_err(io("flush"))?;
+        // A file with other names is not ours alone, and its mode is not ours to change.
+        if meta.nlink() == 1 {
+            let readable = meta.mode() & 0o444;
+            fs::set_permissions(path, fs::Permissions::from_mode(readable))
+                .map_err(io("protect"))?;
+        }
+        self.install(path, digest)?;
+        Ok(Stored { digest, bytes: meta.len() })
+    }
+
+    /// Gives a synced file its place, unless a sound object is there already.
+    fn install(&self, staged: &Path, digest: Digest) -> Result<(), CacheError> {
+        let target = self.object_path(digest);
+        let io = |e| CacheError::io("store", &target, e);
+        durable::create_parent(&target).map_err(io)?;
+        let mut placed = durable::rename_exclusive(staged, &target).map_err(io)?;
+        if !placed && self.verify(digest, None).is_err() {
+            self.quarantine(&target);
+            placed = durable::rename_exclusive(staged, &target).map_err(io)?;
+        }
+        if placed {
+            durable::sync_dir(target.parent().unwrap_or(&self.root)).map_err(io)?;
+            if let Ok(meta) = fs::metadata(&target) {
+                self.index.remember(&target, &meta, digest);
+            }
+        } else {
+            fs::remove_file(staged).map_err(io)?;
+        }
+        Ok(())
+    }
+
+    /// Checks that an object is there and holds what its name says; memoised.
+    ///
+    /// # Errors
+    /// What is wrong, for people.
+    pub(crate) fn verify(&self, digest: Digest, bytes: Option<u64>) -> Result<(), String> {
+        let path = self.object_path(digest);
+        let meta = match fs::metadata(&path) {
+            Ok(meta) => meta,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Err("is missing".to_owned()),
+            Err(e) => return Err(format!("cannot be read: {e}")),
+        };
+        if let Some(bytes) = bytes.filter(|b| *b != meta.len()) {
+            return Err(format!("has {} bytes instead of {bytes}", meta.len()));
+        }
+        if self.index.lookup(&path, &meta, true) == Some(digest) {
+            return Ok(());
+        }
+        let found = File::open(&path).and_then(|f| hash(&f));
+        match found {
+            Ok(found) if found == digest => {
+                self.index.remember(&path, &meta, digest);
+                Ok(())
+            }
+            Ok(_) => Err("holds other bytes than its digest says".to_owned()),
+            Err(e) => Err(format!("cannot be read: {e}")),
+        }
+    }
+
+    /// The listing of a stored tree.
+    ///
+    /// # Errors
+    /// What is wrong with the listing, for people.
+    pub(crate) fn tree(&self, digest: Digest) -> Result<Vec<TreeEntry>, String> {
+        self.verify(digest, None)?;
+        let path = self.object_path(digest);
+        let text = fs::read(&path).map_err(|e| format!("cannot be read: {e}"))?;
+        let entries: Vec<TreeEntry> =
+            serde_json::from_slice(&text).map_err(|e| format!("is no listing: {e}"))?;
+        let safe = |p: &str| p.split('/').all(|s| !s.is_empty() && s != "." && s != "..");
+        match entries.iter().find(|e| !safe(&e.path)) {
+            Some(entry) => Err(format!("lists the path `{}`", entry.path)),
+            None => Ok(entries),
+        }
+    }
+
+    /// Digest of a user's file or folder, through the stat index; folders hash as trees do.
+    ///
+    /// # Errors
+    /// [`CacheError`] naming the file that cannot be read.
+    pub fn digest_local(&self, path: &Path) -> Result<Digest, CacheError> {
+        if !metadata(path)?.is_dir() {
+            return self.digest_file(path);
+        }
+        let mut entries = Vec::new();
+        for (name, file) in files_below(path)? {
+            let meta = metadata(&file)?;
+            let digest = self.digest_file(&file)?;
+            let exec = meta.mode() & 0o100 != 0;
+            entries.push(TreeEntry { path: name, exec, bytes: meta.len(), digest });
+        }
+        Ok(Digest::of(&listing(&entries)))
+    }
+
+    fn digest_file(&self, path: &Path) -> Result<Digest, CacheError> {
+        let meta = metadata(path)?;
+        if let Some(digest) = self.index.lookup(path, &meta, false) {
+            return Ok(digest);
+        }
+        let digest = File::open(path)
+            .and_then(|f| hash(&f))
+            .map_err(|e| CacheError::io("read", path, e))?;
+        self.index.remember(path, &meta, digest);
+        Ok(digest)
+    }
+
+    /// Moves a faulty object or record out of the way, keeping it for inspection; in a cache that
+    /// cannot be written it stays.
+    pub(crate) fn quarantine(&self, path: &Path) {
+        let target = self.root.join("quarantine").join(format!(
+            "{}-{}",
+            path.file_name().unwrap_or_default().to_string_lossy(),
+            durable::unique_name()
+        ));
+        if durable::create_parent(&target).and_then(|()| fs::rename(path, &target)).is_ok() {
+            tracing::warn!(path = %path.display(), "moved a damaged file to the quarantine");
+        }
+    }
+}
+
+fn metadata(path: &Path) -> Result<Metadata, CacheError> {
+    fs::metadata(path).map_err(|e| CacheError::io("read", path, e))
+}
+
+fn listing(entries: &[TreeEntry]) -> Vec<u8> {
+    serde_json::to_vec(entries).unwrap_or_default()
+}
+
+/// Digest of everything a reader gives.
+pub(crate) fn hash(mut reader: impl Read) -> io::Result<Digest> {
+    let mut hasher = blake3::Hasher::new();
+    let mut buffer = vec![0; 1 << 18];
+    loop {
+        match reader.read(&mut buffer) {
+            Ok(0) => return Ok(Digest(*hasher.finalize().as_bytes())),
+            Ok(n) => hasher.update(&buffer[..n]),
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+            Err(e) => return Err(e),
+        };
+    }
+}
+
+/// Every regular file below a folder by its `/`-separated path, sorted.
+fn files_below(root: &Path) -> Result<Vec<(String, PathBuf)>, CacheError> {
+    let mut found = Vec::new();
+    let mut open = vec![(String::new(), root.to_owned())];
+    while let Some((prefix, dir)) = open.pop() {
+        let io = |e| CacheError::io("list", &dir, e);
+        if prefix.matches('/').count() > MAX_DEPTH {
+            let shown = dir.display();
+            return Err(CacheError::Unfit(format!("{shown} is nested too deeply, or a link loops")));
+        }
+        for entry in fs::read_dir(&dir).map_err(io)? {
+            let entry = entry.map_err(io)?;
+            let path = entry.path();
+            let Some(name) = entry.file_name().to_str().map(|n| format!("{prefix}{n}")) else {
+                let shown = path.display();
+                return Err(CacheError::Unfit(format!("{shown} has a name that is not UTF-8")));
+            };
+            let meta = metadata(&path)?;
+            if meta.is_dir() {
+                open.push((format!("{name}/"), path));
+            } else if meta.is_file() {
+                found.push((name, path));
+            } else {
+                let shown = path.display();
+                return Err(CacheError::Unfit(format!("{shown} is neither a file nor a folder")));
+            }
+        }
+    }
+    found.sort();
+    Ok(found)
+}

@@ -1,0 +1,175 @@
+#![allow(clippy::unwrap_used, reason = "tests")]
+
+use std::os::unix::fs::PermissionsExt;
+
+use serde_json::json;
+
+use super::*;
+use crate::digest::Digest;
+use crate::fingerprint::{Identity, SCHEMA};
+use crate::record::OutputRecord;
+
+fn cache() -> (tempfile::TempDir, Cache) {
+    let dir = tempfile::tempdir().unwrap();
+    let cache = Cache::open(&dir.path().join("cache")).unwrap();
+    (dir, cache)
+}
+
+fn record(cache: &Cache, text: &str) -> Record {
+    let work = cache.work_dir().unwrap();
+    let path = work.path().join("out.txt");
+    fs::write(&path, text).unwrap();
+    let stored = cache.ingest(&path, OutputForm::File).unwrap();
+    let identity = Identity {
+        schema: SCHEMA,
+        kind: "command".into(),
+        version: "1".into(),
+        params: json!({"text": "fixed"}),
+        inputs: BTreeMap::new(),
+        env: BTreeMap::new(),
+        lock: None,
+        upstream: BTreeMap::new(),
+    };
+    let output = OutputRecord {
+        digest: stored.digest,
+        form: OutputForm::File,
+        class: OutputClass::Artifact,
+        bytes: stored.bytes,
+        file_name: "out.txt".into(),
+    };
+    Record {
+        fingerprint: identity.fingerprint(),
+        identity,
+        stage: "s".into(),
+        params: json!({}),
+        outputs: [("out".to_owned(), output)].into(),
+        seconds: 1.0,
+        started_at: 1,
+        finished_at: 2,
+        telemetry: serde_json::Map::new(),
+        provenance: serde_json::Map::new(),
+        warnings: vec![],
+        lock: None,
+    }
+}
+
+#[test]
+fn opening_and_reading_create_nothing() {
+    let (dir, cache) = cache();
+    assert!(cache.record("command", Fingerprint([0; 32])).unwrap().is_none());
+    assert!(cache.last("p", "s").is_none());
+    assert!(!dir.path().join("cache").exists());
+}
+
+#[test]
+fn first_record_of_a_fingerprint_stays_unless_superseded() {
+    let (_dir, cache) = cache();
+    let (one, two) = (record(&cache, "one"), record(&cache, "two"));
+    cache.publish(&one, false).unwrap();
+    cache.publish(&two, false).unwrap();
+    assert_eq!(cache.record("command", one.fingerprint).unwrap(), Some(one.clone()));
+    cache.publish(&two, true).unwrap();
+    assert_eq!(cache.record("command", one.fingerprint).unwrap(), Some(two.clone()));
+    assert_eq!(differing_artifacts(&one, &two), ["out"]);
+}
+
+#[test]
+fn flipped_truncated_and_missing_objects_are_found_and_can_be_stored_again() {
+    let (_dir, cache) = cache();
+    let record_ = record(&cache, "content");
+    let path = cache.object_path(record_.outputs["out"].digest);
+    let spoil: [&dyn Fn(); 3] = [
+        &|| fs::write(&path, "contenu").unwrap(),
+        &|| fs::write(&path, "cont").unwrap(),
+        &|| fs::remove_file(&path).unwrap(),
+    ];
+    for spoil in spoil {
+        assert_eq!(cache.check(&record_), Ok(()));
+        if path.exists() {
+            fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).unwrap();
+        }
+        spoil();
+        assert_eq!(cache.check(&record_).unwrap_err().output, "out");
+        cache.clear_faults(&record_);
+        assert!(!path.exists());
+        assert_eq!(record(&cache, "content").outputs, record_.outputs);
+    }
+}
+
+#[test]
+fn damaged_record_counts_as_absent_and_is_replaced() {
+    let (_dir, cache) = cache();
+    let one = record(&cache, "one");
+    cache.publish(&one, false).unwrap();
+    let path = cache.record_path("command", one.fingerprint);
+    let text = fs::read_to_string(&path).unwrap();
+    for broken in [&text[..text.len() / 2], &text.replace("fixed", "other")] {
+        fs::write(&path, broken).unwrap();
+        assert_eq!(cache.record("command", one.fingerprint).unwrap(), None);
+        cache.publish(&one, false).unwrap();
+        assert_eq!(cache.record("command", one.fingerprint).unwrap(), Some(one.clone()));
+    }
+}
+
+#[test]
+fn tree_comes_back_with_names_and_exec_bits() {
+    let (dir, cache) = cache();
+    let work = cache.work_dir().unwrap();
+    let tree = work.path().join("tree");
+    fs::create_dir_all(tree.join("a/b")).unwrap();
+    fs::write(tree.join("a/b/c.txt"), "c").unwrap();
+    fs::write(tree.join("run.sh"), "#!/bin/sh\n").unwrap();
+    fs::set_permissions(tree.join("run.sh"), fs::Permissions::from_mode(0o755)).unwrap();
+    let before = cache.digest_local(&tree).unwrap();
+    let stored = cache.ingest(&tree, OutputForm::Tree).unwrap();
+    assert_eq!(stored.digest, before);
+    let output = OutputRecord {
+        digest: stored.digest,
+        form: OutputForm::Tree,
+        class: OutputClass::Artifact,
+        bytes: stored.bytes,
+        file_name: "tree".into(),
+    };
+    let to = dir.path().join("out");
+    cache.materialise(&output, &to.join("read")).unwrap();
+    cache.copy_out(&output, &to.join("mine")).unwrap();
+    for place in ["read", "mine"] {
+        let at = to.join(place);
+        assert_eq!(fs::read_to_string(at.join("a/b/c.txt")).unwrap(), "c");
+        assert_ne!(fs::metadata(at.join("run.sh")).unwrap().permissions().mode() & 0o100, 0);
+        assert_eq!(cache.digest_local(&at).unwrap(), stored.digest);
+    }
+    fs::write(to.join("mine/a/b/c.txt"), "edited").unwrap();
+    assert_eq!(cache.verify(Digest::of(b"c"), Some(1)), Ok(()));
+}
+
+#[test]
+fn one_lease_at_a_time_and_a_dead_holder_s_is_taken_over() {
+    let (_dir, cache) = cache();
+    let fp = Fingerprint([7; 32]);
+    let Acquired::Mine(lease) = cache.lease(fp).unwrap() else { panic!("free lease refused") };
+    assert!(matches!(cache.lease(fp).unwrap(), Acquired::Held(_)));
+    let path = cache.root.join("leases").join(fp.to_hex());
+    drop(lease);
+    let mut dead = serde_json::from_value::<serde_json::Value>(json!({
+        "host": rustix::system::uname().nodename().to_string_lossy(), "boot": "another boot",
+        "process": 1, "started": 0, "token": "x"
+    }))
+    .unwrap();
+    fs::write(&path, dead.to_string()).unwrap();
+    assert!(matches!(cache.lease(fp).unwrap(), Acquired::Mine(_)));
+    dead["host"] = json!("elsewhere");
+    fs::write(&path, dead.to_string()).unwrap();
+    assert!(matches!(cache.lease(fp).unwrap(), Acquired::Held(_)), "a fresh heartbeat counts");
+}
+
+#[test]
+fn threads_storing_the_same_bytes_all_succeed() {
+    let (_dir, cache) = cache();
+    std::thread::scope(|scope| {
+        for _ in 0..8 {
+            scope.spawn(|| record(&cache, "the same"));
+        }
+    });
+    assert_eq!(cache.verify(Digest::of(b"the same"), Some(8)), Ok(()));
+}

@@ -1,0 +1,157 @@
+//! `pipeline.lock`: what the sources of a pipeline were resolved to, so that later runs need no
+//! network and everyone gets the same bytes.
+//!
+//! JSON with sorted keys, named after the pipeline file, and written only when an entry changes.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+const VERSION: u32 = 1;
+
+/// The sources that a pipeline pins.
+#[derive(Clone, Debug)]
+pub struct Lockfile {
+    path: PathBuf,
+    sources: BTreeMap<String, Value>,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Content {
+    version: u32,
+    sources: BTreeMap<String, Value>,
+}
+
+/// A lock file that cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum LockError {
+    /// The file system refused.
+    #[error("could not {doing} {}: {source}", path.display())]
+    Io {
+        /// Completes "could not".
+        doing: &'static str,
+        /// File.
+        path: PathBuf,
+        /// What the file system said.
+        source: std::io::Error,
+    },
+    /// The file does not parse, after a merge conflict for example.
+    #[error("{}:{line}:{column}: {message}", path.display())]
+    Content {
+        /// File.
+        path: PathBuf,
+        /// Line, from 1.
+        line: usize,
+        /// Column, from 1.
+        column: usize,
+        /// What is wrong.
+        message: String,
+    },
+}
+
+impl Lockfile {
+    /// Reads the lock file beside `pipeline`; an absent one is empty.
+    ///
+    /// # Errors
+    /// [`LockError`] where it is there and cannot be read.
+    pub fn beside(pipeline: &Path) -> Result<Self, LockError> {
+        let path = pipeline.with_extension("lock");
+        let text = match fs::read(&path) {
+            Ok(text) => text,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+                return Ok(Self { path, sources: BTreeMap::new() });
+            }
+            Err(source) => return Err(LockError::Io { doing: "read", path, source }),
+        };
+        let content = |line, column, message| {
+            LockError::Content { path: path.clone(), line, column, message }
+        };
+        let parsed: Content = serde_json::from_slice(&text)
+            .map_err(|e| content(e.line(), e.column(), format!("{e}; delete the file to resolve anew")))?;
+        if parsed.version != VERSION {
+            let message = format!("written by another version of pipe (layout {})", parsed.version);
+            return Err(content(1, 1, message));
+        }
+        Ok(Self { path, sources: parsed.sources })
+    }
+
+    /// What a key is pinned to.
+    pub fn get(&self, key: &str) -> Option<&Value> {
+        self.sources.get(key)
+    }
+
+    /// Pins a key, durably; the file is left alone where nothing changes.
+    ///
+    /// # Errors
+    /// [`LockError::Io`] when the disk refuses.
+    pub fn set(&mut self, key: &str, value: Value) -> Result<(), LockError> {
+        if self.sources.get(key) == Some(&value) {
+            return Ok(());
+        }
+        self.sources.insert(key.to_owned(), sorted(value));
+        let io = |source| LockError::Io { doing: "write", path: self.path.clone(), source };
+        let content = Content { version: VERSION, sources: self.sources.clone() };
+        let mut text = serde_json::to_vec_pretty(&content).map_err(|e| io(e.into()))?;
+        text.push(b'\n');
+        let staged = self.path.with_extension(format!("lock.{}.tmp", std::process::id()));
+        let write = || {
+            let mut file = fs::File::create(&staged)?;
+            file.write_all(&text)?;
+            file.sync_all()?;
+            fs::rename(&staged, &self.path)
+        };
+        write().map_err(|e| {
+            let _ = fs::remove_file(&staged);
+            io(e)
+        })
+    }
+}
+
+fn sorted(value: Value) -> Value {
+    match value {
+        Value::Object(map) => {
+            let sorted: BTreeMap<String, Value> =
+                map.into_iter().map(|(k, v)| (k, sorted(v))).collect();
+            Value::Object(sorted.into_iter().collect())
+        }
+        Value::Array(items) => Value::Array(items.into_iter().map(sorted).collect()),
+        other => other,
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn entries_survive_and_an_equal_one_leaves_the_file_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let pipeline = dir.path().join("quick.yaml");
+        let mut lock = Lockfile::beside(&pipeline).unwrap();
+        lock.set("hf:x", json!({"z": 1, "a": 2})).unwrap();
+        let path = dir.path().join("quick.lock");
+        let before = fs::read_to_string(&path).unwrap();
+        assert!(before.find("\"a\"").unwrap() < before.find("\"z\"").unwrap());
+        fs::remove_file(&path).unwrap();
+        lock.set("hf:x", json!({"a": 2, "z": 1})).unwrap();
+        assert!(!path.exists(), "an equal entry must not write");
+        fs::write(&path, &before).unwrap();
+        assert_eq!(Lockfile::beside(&pipeline).unwrap().get("hf:x"), Some(&json!({"a": 2, "z": 1})));
+    }
+
+    #[test]
+    fn merge_conflict_is_located() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("p.lock"), "{\n<<<<<<< ours\n").unwrap();
+        let error = Lockfile::beside(&dir.path().join("p.yaml")).unwrap_err().to_string();
+        assert!(error.contains("p.lock:2:1"), "{error}");
+    }
+}

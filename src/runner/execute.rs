@@ -1,0 +1,358 @@
+//! One execution of one stage: lease, inputs, process, outputs, record.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::Sender;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use contract::{
+    Fault, Outcome, OutputForm, PROTOCOL, Progress, Request, StageError, UpstreamRecord,
+};
+
+use super::{Message, slots};
+use crate::cache::{Acquired, CacheError, Lease, Scratch, WorkDir, differing_artifacts, unix_seconds};
+use crate::fingerprint::Identity;
+use crate::pipeline::{InputRef, Stage};
+use crate::plan::{Planner, Records};
+use crate::process::StageProcess;
+use crate::record::{OutputRecord, Record};
+
+/// How often a waiting execution looks again.
+const POLL: Duration = Duration::from_millis(100);
+
+/// A stage whose inputs are known.
+pub(super) struct Job<'a> {
+    pub(super) stage: &'a Stage,
+    pub(super) identity: Identity,
+    pub(super) records: Records,
+    pub(super) log: PathBuf,
+    pub(super) forced: bool,
+}
+
+/// Where the artifacts came from.
+pub(super) enum Made {
+    /// Another process made them meanwhile.
+    ByOther(Arc<Record>),
+    /// This execution made them.
+    Here {
+        record: Arc<Record>,
+        /// As the stage's last execution did.
+        unchanged: bool,
+    },
+}
+
+impl From<CacheError> for StageError {
+    fn from(error: CacheError) -> Self {
+        let fault = match &error {
+            CacheError::Unfit(_) => Fault::Internal,
+            _ => Fault::Io,
+        };
+        let help = error.help();
+        Self { help, ..Self::new(fault, error.to_string()) }
+    }
+}
+
+pub(super) fn execute(
+    planner: Planner<'_>,
+    job: &Job<'_>,
+    sender: &Sender<Message>,
+    interrupts: &AtomicUsize,
+) -> Result<Made, StageError> {
+    let fingerprint = job.identity.fingerprint();
+    let _lease = lease(planner, job, sender, interrupts)?;
+    let found = planner.cache.record(&job.stage.kind, fingerprint)?;
+    if let Some(found) = &found {
+        let settled = job.stage.signature.lock_key.is_none() || job.identity.lock.is_some();
+        if !job.forced && settled && planner.cache.check(found).is_ok() && required(job.stage, found).is_ok() {
+            return Ok(Made::ByOther(Arc::new(found.clone())));
+        }
+        planner.cache.clear_faults(found);
+    }
+    let _slots = take_slots(job, sender, interrupts)?;
+    let scratch = planner.cache.scratch(fingerprint)?;
+    let result = attempt(planner, job, sender, &scratch);
+    match &result {
+        Ok(_) => scratch.clear(),
+        Err(_) => scratch.keep(),
+    }
+    let (mut record, identity) = result?;
+    record.fingerprint = identity.fingerprint();
+    record.identity = identity;
+    publish(planner, job, record)
+}
+
+/// Waits until the fingerprint is ours to execute.
+fn lease(
+    planner: Planner<'_>,
+    job: &Job<'_>,
+    sender: &Sender<Message>,
+    interrupts: &AtomicUsize,
+) -> Result<Lease, StageError> {
+    let mut told = String::new();
+    loop {
+        match planner.cache.lease(job.identity.fingerprint())? {
+            Acquired::Mine(lease) => return Ok(lease),
+            Acquired::Held(holder) => wait(job, sender, interrupts, &mut told, holder)?,
+        }
+    }
+}
+
+fn take_slots(
+    job: &Job<'_>,
+    sender: &Sender<Message>,
+    interrupts: &AtomicUsize,
+) -> Result<Vec<slots::Slot>, StageError> {
+    let mut held = Vec::new();
+    let mut told = String::new();
+    // Only GPUs are scarce beyond one run.
+    let wanted = job.stage.signature.resources.get("gpu").copied().unwrap_or(0);
+    while held.len() < wanted as usize {
+        match slots::take("gpu").map_err(StageError::internal)? {
+            Some(slot) => held.push(slot),
+            None => wait(job, sender, interrupts, &mut told, "a run that uses the GPU".to_owned())?,
+        }
+    }
+    Ok(held)
+}
+
+fn wait(
+    job: &Job<'_>,
+    sender: &Sender<Message>,
+    interrupts: &AtomicUsize,
+    told: &mut String,
+    holder: String,
+) -> Result<(), StageError> {
+    if interrupts.load(Ordering::SeqCst) > 0 {
+        return Err(StageError::new(Fault::Environment, "interrupted while waiting"));
+    }
+    if *told != holder {
+        let stage = job.stage.name.clone();
+        let _ = sender.send(Message::Waiting { stage, holder: holder.clone() });
+        *told = holder;
+    }
+    sleep(POLL);
+    Ok(())
+}
+
+/// Runs the process and stores what it made; the identity has the source it resolved.
+fn attempt(
+    planner: Planner<'_>,
+    job: &Job<'_>,
+    sender: &Sender<Message>,
+    scratch: &Scratch,
+) -> Result<(Record, Identity), StageError> {
+    let work = planner.cache.work_dir()?;
+    let request = request(planner, job, &work, scratch)?;
+    let request_path = work.path().join("request.json");
+    let text = serde_json::to_vec_pretty(&request).map_err(StageError::internal)?;
+    fs::write(&request_path, text).map_err(|e| StageError::io("write", &request_path, &e))?;
+
+    let (started_at, clock) = (unix_seconds(), Instant::now());
+    let process = StageProcess::start(job.stage, &request_path, &job.log)?;
+    let name = &job.stage.name;
+    let _ = sender.send(Message::Started { stage: name.clone(), stopper: process.stopper() });
+    let mut log = fs::File::options().append(true).open(&job.log).ok();
+    let outcome = process.wait(&request, &work.path().join("result.json"), |progress| {
+        if let (Progress::Log { message } | Progress::Warning { message }, Some(log)) = (&progress, &mut log) {
+            let _ = writeln!(log, "{message}");
+        }
+        let _ = sender.send(Message::Progress { stage: name.clone(), progress });
+    })?;
+    let seconds = clock.elapsed().as_secs_f64();
+
+    unchanged_locals(planner, job)?;
+    let outputs = store(planner, job, &request, &work)?;
+    let mut identity = job.identity.clone();
+    if job.stage.signature.lock_key.is_some() {
+        identity.lock = outcome.lock.clone().or(identity.lock);
+    }
+    let Outcome { telemetry, mut provenance, lock, warnings } = outcome;
+    provenance.insert("pipe".to_owned(), env!("CARGO_PKG_VERSION").into());
+    let record = Record {
+        fingerprint: identity.fingerprint(),
+        identity: identity.clone(),
+        stage: name.clone(),
+        params: job.stage.signature.params.clone(),
+        outputs,
+        seconds,
+        started_at,
+        finished_at: unix_seconds(),
+        telemetry,
+        provenance,
+        warnings,
+        lock,
+    };
+    Ok((record, identity))
+}
+
+fn request(
+    planner: Planner<'_>,
+    job: &Job<'_>,
+    work: &WorkDir,
+    scratch: &Scratch,
+) -> Result<Request, StageError> {
+    let stage = job.stage;
+    let mut inputs = BTreeMap::new();
+    for (name, input) in &stage.inputs {
+        match &input.from {
+            InputRef::Local(path) => {
+                inputs.insert(name.clone(), planner.pipeline.dir.join(path));
+            }
+            InputRef::Output { stage: from, output } => {
+                let Some(made) = job.records.get(from).and_then(|r| r.outputs.get(output)) else {
+                    continue;
+                };
+                let to = work.path().join("in").join(name).join(&made.file_name);
+                planner.cache.materialise(made, &to)?;
+                inputs.insert(name.clone(), to);
+            }
+        }
+    }
+    let mut outputs = BTreeMap::new();
+    for spec in &stage.signature.outputs {
+        let dir = work.path().join("out").join(&spec.name);
+        fs::create_dir_all(&dir).map_err(|e| StageError::io("create", &dir, &e))?;
+        outputs.insert(spec.name.clone(), dir.join(&spec.file_name));
+    }
+    Ok(Request {
+        protocol: PROTOCOL,
+        stage: stage.name.clone(),
+        kind: stage.kind.clone(),
+        params: stage.signature.params.clone(),
+        inputs,
+        outputs,
+        scratch: scratch.own().to_owned(),
+        earlier_scratch: scratch.earlier().to_owned(),
+        pipeline_dir: planner.pipeline.dir.clone(),
+        lock: job.identity.lock.clone(),
+        upstream: if stage.signature.reads_records { upstream(planner, job) } else { Vec::new() },
+        threads: std::thread::available_parallelism().map_or(1, usize::from),
+    })
+}
+
+fn upstream(planner: Planner<'_>, job: &Job<'_>) -> Vec<UpstreamRecord> {
+    let names = planner.graph.with_upstream(std::slice::from_ref(&job.stage.name));
+    let record = |name: &String| {
+        let (record, stage) = (job.records.get(name)?, planner.pipeline.stage(name)?);
+        Some(UpstreamRecord {
+            stage: name.clone(),
+            kind: stage.kind.clone(),
+            fingerprint: record.fingerprint.to_hex(),
+            params: record.params.clone(),
+            needs: stage.needs().map(str::to_owned).collect(),
+            seconds: record.seconds,
+            finished_at: record.finished_at,
+            telemetry: record.telemetry.clone(),
+            provenance: record.provenance.clone(),
+            output_bytes: record.outputs.iter().map(|(n, o)| (n.clone(), o.bytes)).collect(),
+        })
+    };
+    names.iter().filter(|n| **n != job.stage.name).filter_map(record).collect()
+}
+
+/// The user's own files must be what the fingerprint says they were.
+fn unchanged_locals(planner: Planner<'_>, job: &Job<'_>) -> Result<(), StageError> {
+    for (name, input) in &job.stage.inputs {
+        let InputRef::Local(path) = &input.from else { continue };
+        let digest = planner.cache.digest_local(&planner.pipeline.dir.join(path))?;
+        if job.identity.inputs.get(name) != Some(&digest) {
+            let message = format!("{} changed while the stage ran", path.display());
+            return Err(StageError::input(message)
+                .help("nothing was published; run again once the file stays as it is"));
+        }
+    }
+    Ok(())
+}
+
+fn store(
+    planner: Planner<'_>,
+    job: &Job<'_>,
+    request: &Request,
+    work: &WorkDir,
+) -> Result<BTreeMap<String, OutputRecord>, StageError> {
+    let mut stored = BTreeMap::new();
+    let defect = |what: String| {
+        Err(StageError::internal(format!("stage `{}` {what}", job.stage.name)))
+    };
+    for spec in &job.stage.signature.outputs {
+        let path = &request.outputs[&spec.name];
+        undeclared(path, &work.path().join("out").join(&spec.name))?;
+        let Ok(meta) = fs::symlink_metadata(path) else {
+            if spec.optional {
+                continue;
+            }
+            return defect(format!("did not make its output `{}`", spec.name));
+        };
+        let fits = match spec.form {
+            OutputForm::File => meta.is_file(),
+            OutputForm::Tree => meta.is_dir(),
+        };
+        if !fits {
+            return defect(format!("made its output `{}` in another form than declared", spec.name));
+        }
+        let kept = planner.cache.ingest(path, spec.form)?;
+        let output = OutputRecord {
+            digest: kept.digest,
+            form: spec.form,
+            class: spec.class,
+            bytes: kept.bytes,
+            file_name: spec.file_name.clone(),
+        };
+        stored.insert(spec.name.clone(), output);
+    }
+    Ok(stored)
+}
+
+/// Files beside an output would be lost silently.
+fn undeclared(output: &Path, dir: &Path) -> Result<(), StageError> {
+    let entries = fs::read_dir(dir).map_err(|e| StageError::io("list", dir, &e))?;
+    match entries.flatten().find(|e| e.path() != output) {
+        Some(extra) => Err(StageError::internal(format!(
+            "the stage wrote {}, which is not one of its outputs",
+            extra.path().display()
+        ))),
+        None => Ok(()),
+    }
+}
+
+fn required(stage: &Stage, record: &Record) -> Result<(), StageError> {
+    for (key, wanted) in &stage.require {
+        let found = record.provenance.get(key).cloned().unwrap_or_default();
+        if found != *wanted {
+            return Err(StageError::new(
+                Fault::Environment,
+                format!("stage `{}` requires {key} = {wanted} and ran with {found}", stage.name),
+            )
+            .help("nothing was published; run where the requirement can be met, or drop it"));
+        }
+    }
+    Ok(())
+}
+
+fn publish(planner: Planner<'_>, job: &Job<'_>, mut record: Record) -> Result<Made, StageError> {
+    required(job.stage, &record)?;
+    let cache = planner.cache;
+    let kind = &job.stage.kind;
+    let published = cache.record(kind, record.fingerprint)?;
+    let usable = published.as_ref().is_some_and(|p| cache.check(p).is_ok());
+    let mut supersede = published.is_some() && (!usable || job.forced);
+    if let Some(published) = &published {
+        let differing = differing_artifacts(published, &record);
+        if !differing.is_empty() && !job.stage.signature.nondeterministic {
+            record.warnings.push(format!(
+                "not deterministic: {} differ from what the same fingerprint made before",
+                differing.join(", ")
+            ));
+        }
+        supersede |= !differing.is_empty();
+    }
+    let last = cache.last(&planner.pipeline.name, &job.stage.name);
+    let unchanged = last.is_some_and(|last| differing_artifacts(&last, &record).is_empty());
+    cache.publish(&record, supersede)?;
+    Ok(Made::Here { record: Arc::new(record), unchanged })
+}
