@@ -47,6 +47,15 @@ impl Cache {
         })
     }
 
+    /// Removes a file or folder that `copy_out` is about to replace.
+    ///
+    /// # Errors
+    /// [`CacheError`] when the disk refuses.
+    pub fn remove_copy(&self, path: &Path) -> Result<(), CacheError> {
+        let removed = if path.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) };
+        removed.map_err(|e| CacheError::io("remove", path, e))
+    }
+
     fn place(
         &self,
         output: &OutputRecord,

@@ -1,0 +1,297 @@
+//! The command line: one file a subcommand, and what they share.
+
+mod graph;
+mod kinds;
+mod logs;
+mod outputs;
+mod plan;
+mod run;
+mod why;
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use contract::StageKind;
+use miette::Diagnostic;
+
+use crate::cache::{Cache, CacheError};
+use crate::graph::StageGraph;
+use crate::lockfile::{LockError, Lockfile};
+use crate::pipeline::{Kinds, Pipeline, PipelineError};
+use crate::plan::{PlanError, PlanOptions, Planner};
+use crate::runner::RunError;
+use crate::{display, exit_code, process};
+
+/// Default name of the pipeline file.
+const PIPELINE_FILE: &str = "pipeline.yaml";
+
+/// Reproduces a whole LLM fine-tuning experiment from one YAML file and reruns only what changed.
+#[derive(Debug, Parser)]
+#[command(name = "pipe", version, max_term_width = 100, disable_help_subcommand = true)]
+#[command(after_help = "Exit codes: 0 done, 1 defect of pipe, 2 wrong usage, 3 wrong pipeline, \
+    4 a stage failed, 5 cache unusable, 6 `plan --check` found work, 130 interrupted")]
+struct Cli {
+    #[command(flatten)]
+    shared: Shared,
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// Options of every subcommand.
+#[derive(Clone, Debug, clap::Args)]
+struct Shared {
+    /// Pipeline file [default: the nearest `pipeline.yaml` at or above the current folder]
+    #[arg(short = 'f', long = "file", global = true, value_name = "FILE")]
+    file: Option<PathBuf>,
+    /// Cache folder [default: `cache` at the root of the project]
+    #[arg(long, global = true, value_name = "DIR", env = "PIPE_CACHE")]
+    cache: Option<PathBuf>,
+    /// Set a variable of the pipeline, or a param as `STAGE.PARAM=VALUE`; may be repeated
+    #[arg(long = "set", global = true, value_name = "PATH=VALUE")]
+    set: Vec<String>,
+    /// Show the stages' log lines; twice: what the engine does
+    #[arg(short = 'v', long = "verbose", global = true, action = clap::ArgAction::Count)]
+    verbose: u8,
+    /// Append what the engine does to a file, as JSON lines
+    #[arg(long, global = true, value_name = "FILE")]
+    log_file: Option<PathBuf>,
+    /// Print JSON for programs
+    #[arg(long, global = true)]
+    json: bool,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run stages or targets, and whatever they need that is not cached
+    Run(run::Args),
+    /// Show what would run and why
+    Plan(plan::Args),
+    /// Explain why a stage would run, or what it would reuse
+    Why(why::Args),
+    /// List the cached outputs of a stage, or copy them out
+    Outputs(outputs::Args),
+    /// Draw the pipeline
+    Graph(graph::Args),
+    /// Print the newest log of a stage
+    Logs(logs::Args),
+    /// List the stage kinds, or the params, inputs and outputs of one
+    Kinds(kinds::Args),
+}
+
+/// Whatever a subcommand can fail with.
+#[derive(Debug, thiserror::Error)]
+enum CommandError {
+    #[error(transparent)]
+    Pipeline(#[from] PipelineError),
+    #[error(transparent)]
+    Cache(#[from] CacheError),
+    #[error(transparent)]
+    Lock(#[from] LockError),
+    #[error("{message}")]
+    Usage { message: String, help: Option<String> },
+    #[error("stage `{stage}` is not in the cache and `--only` keeps it from running")]
+    NotCached { stage: String },
+}
+
+impl CommandError {
+    fn usage(message: impl Into<String>, help: impl Into<String>) -> Self {
+        Self::Usage { message: message.into(), help: Some(help.into()) }
+    }
+
+    fn exit_code(&self) -> u8 {
+        match self {
+            Self::Pipeline(_) | Self::Lock(LockError::Content { .. }) => exit_code::BAD_PIPELINE,
+            Self::Cache(_) | Self::Lock(LockError::Io { .. }) => exit_code::CACHE,
+            Self::Usage { .. } | Self::NotCached { .. } => exit_code::USAGE,
+        }
+    }
+}
+
+impl Diagnostic for CommandError {
+    fn help<'a>(&'a self) -> Option<Box<dyn fmt::Display + 'a>> {
+        let help = match self {
+            Self::Cache(error) => error.help(),
+            Self::Usage { help, .. } => help.clone(),
+            Self::NotCached { .. } => Some("run it first, or leave `--only` out".to_owned()),
+            _ => None,
+        };
+        help.map(|h| Box::new(h) as Box<dyn fmt::Display>)
+    }
+}
+
+impl From<PlanError> for CommandError {
+    fn from(error: PlanError) -> Self {
+        match error {
+            PlanError::Pipeline(error) => Self::Pipeline(error),
+            PlanError::Cache(error) => Self::Cache(error),
+            PlanError::NotCached { stage } => Self::NotCached { stage },
+        }
+    }
+}
+
+impl From<RunError> for CommandError {
+    fn from(error: RunError) -> Self {
+        match error {
+            RunError::Plan(error) => error.into(),
+            RunError::Lock(error) => error.into(),
+        }
+    }
+}
+
+/// What a subcommand works with.
+struct Context<'a> {
+    shared: Shared,
+    kinds: Kinds<'a>,
+}
+
+/// A loaded pipeline with its graph and cache.
+struct Project {
+    pipeline: Pipeline,
+    graph: StageGraph,
+    cache: Cache,
+    lock: Lockfile,
+}
+
+impl Project {
+    fn planner<'a>(&'a self, options: &'a PlanOptions) -> Planner<'a> {
+        let Self { pipeline, graph, cache, .. } = self;
+        Planner { pipeline, graph, cache, options }
+    }
+
+    /// The stage called `name`.
+    fn stage(&self, name: &str) -> Result<&crate::pipeline::Stage, CommandError> {
+        match self.pipeline.stage(name) {
+            Some(stage) => Ok(stage),
+            None => {
+                let names = self.pipeline.stages.iter().map(|s| s.name.as_str());
+                let help = crate::pipeline::suggest(name, names);
+                Err(CommandError::Usage { message: format!("no stage `{name}`"), help })
+            }
+        }
+    }
+}
+
+impl Context<'_> {
+    fn project(&self) -> Result<Project, CommandError> {
+        let path = self.pipeline_path()?;
+        let pipeline = Pipeline::load(&path, &self.shared.set, self.kinds)?;
+        let graph = StageGraph::new(&pipeline);
+        let cache = self.cache(&pipeline.dir)?;
+        let lock = Lockfile::beside(&path)?;
+        Ok(Project { pipeline, graph, cache, lock })
+    }
+
+    fn pipeline_path(&self) -> Result<PathBuf, CommandError> {
+        if let Some(file) = &self.shared.file {
+            return Ok(file.clone());
+        }
+        let here = current_dir()?;
+        here.ancestors()
+            .map(|dir| dir.join(PIPELINE_FILE))
+            .find(|path| path.is_file())
+            .map(|path| path.strip_prefix(&here).map(Path::to_owned).unwrap_or(path))
+            .ok_or_else(|| {
+                CommandError::usage(
+                    format!("no `{PIPELINE_FILE}` in this folder or above it"),
+                    "`pipe init` writes a starter pipeline; `-f FILE` names another",
+                )
+            })
+    }
+
+    /// The cache for a pipeline in `dir`: `--cache`, else `cache` in the nearest folder at or
+    /// above it that holds `.git` or a `pipeline.yaml`.
+    fn cache(&self, dir: &Path) -> Result<Cache, CommandError> {
+        if let Some(root) = &self.shared.cache {
+            return Ok(Cache::open(root)?);
+        }
+        let is_root = |d: &&Path| d.join(".git").exists() || d.join(PIPELINE_FILE).is_file();
+        let root = dir.ancestors().find(is_root).unwrap_or(dir);
+        Ok(Cache::open(&root.join("cache"))?)
+    }
+}
+
+fn current_dir() -> Result<PathBuf, CommandError> {
+    std::env::current_dir()
+        .map_err(|e| CommandError::usage(format!("no current folder: {e}"), "change to a folder that exists"))
+}
+
+/// The whole program, with the stage kinds that the binary knows.
+pub fn main(kinds: &[&dyn StageKind]) -> ExitCode {
+    let kinds = Kinds(kinds);
+    let mut args = std::env::args_os().skip(1);
+    if args.next().is_some_and(|first| first == process::SUBCOMMAND)
+        && let Some(request) = args.next()
+    {
+        return process::stage_main(kinds, Path::new(&request));
+    }
+    let cli = match Cli::try_parse_from(std::env::args_os()) {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Help and version are data; clap prints them where they belong.
+            let _ = error.print();
+            return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(exit_code::USAGE));
+        }
+    };
+    if let Err(error) = trace(&cli.shared) {
+        display::report(&error);
+        return ExitCode::from(error.exit_code());
+    }
+    let context = Context { shared: cli.shared, kinds };
+    let result = match cli.command {
+        Command::Run(args) => run::run(&context, &args),
+        Command::Plan(args) => plan::run(&context, &args),
+        Command::Why(args) => why::run(&context, &args),
+        Command::Outputs(args) => outputs::run(&context, &args),
+        Command::Graph(args) => graph::run(&context, &args),
+        Command::Logs(args) => logs::run(&context, &args),
+        Command::Kinds(args) => kinds::run(&context, &args),
+    };
+    match result {
+        Ok(code) => ExitCode::from(code),
+        Err(CommandError::Pipeline(error)) => {
+            for problem in error.problems() {
+                display::report(problem);
+            }
+            ExitCode::from(exit_code::BAD_PIPELINE)
+        }
+        Err(error) => {
+            display::report(&error);
+            ExitCode::from(error.exit_code())
+        }
+    }
+}
+
+/// Sends what the engine does to standard error (`PIPE_LOG`, `-vv`) or to a file (`--log-file`).
+fn trace(shared: &Shared) -> Result<(), CommandError> {
+    use tracing_subscriber::{EnvFilter, fmt, prelude::*};
+
+    let filter = std::env::var_os("PIPE_LOG").and_then(|v| v.into_string().ok());
+    if filter.is_none() && shared.verbose < 2 && shared.log_file.is_none() {
+        return Ok(());
+    }
+    let filter = || {
+        let text = filter.clone().unwrap_or_else(|| "pipe=debug".to_owned());
+        EnvFilter::try_new(&text).map_err(|e| {
+            CommandError::usage(format!("PIPE_LOG `{text}` is no filter: {e}"), "for example `pipe=debug`")
+        })
+    };
+    let file = match &shared.log_file {
+        None => None,
+        Some(path) => {
+            let file = std::fs::File::options().append(true).create(true).open(path);
+            let file = file.map_err(|e| {
+                let message = format!("could not open {}: {e}", path.display());
+                CommandError::usage(message, "`--log-file` takes a file that can be written")
+            })?;
+            Some(fmt::layer().json().with_writer(std::sync::Mutex::new(file)).with_filter(filter()?))
+        }
+    };
+    let people = match std::env::var_os("PIPE_LOG").is_some() || shared.verbose >= 2 {
+        true => Some(fmt::layer().with_writer(std::io::stderr).with_filter(filter()?)),
+        false => None,
+    };
+    let _ = tracing_subscriber::registry().with(file).with(people).try_init();
+    Ok(())
+}

@@ -1,0 +1,75 @@
+//! `pipe run`.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use super::{CommandError, Context};
+use crate::display::{Mode, RunDisplay};
+use crate::plan::PlanOptions;
+use crate::runner::{self, RunOptions};
+use crate::exit_code;
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// Stages or targets [default: the target `default`, else every stage]
+    #[arg(value_name = "STAGE|TARGET")]
+    names: Vec<String>,
+    /// Run the named stages although they are cached (without names: every stage of the run)
+    #[arg(long)]
+    force: bool,
+    /// Run nothing but the named stages; what they need must be cached
+    #[arg(long)]
+    only: bool,
+    /// Run this stage and everything downstream of it although they are cached
+    #[arg(long, value_name = "STAGE")]
+    from: Option<String>,
+    /// Stages that may run at the same time [default: cores, at most 4]
+    #[arg(short = 'j', long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    jobs: Option<u16>,
+    /// After a failure, go on with the stages that do not depend on the failed one
+    #[arg(long)]
+    keep_going: bool,
+}
+
+pub(super) fn run(context: &Context<'_>, args: &Args) -> Result<u8, CommandError> {
+    let mut project = context.project()?;
+    let selection = project.pipeline.select(&args.names)?;
+    let needed = project.graph.with_upstream(&selection);
+    let mut options = PlanOptions::default();
+    if args.force {
+        let named: BTreeSet<String> = selection.iter().cloned().collect();
+        options.force = if args.names.is_empty() { needed.iter().cloned().collect() } else { named };
+    }
+    if let Some(from) = &args.from {
+        project.stage(from)?;
+        let below = project.graph.with_downstream(std::slice::from_ref(from));
+        options.force.extend(below.into_iter().filter(|s| needed.contains(s)));
+    }
+    if args.only {
+        options.only = Some(selection.iter().cloned().collect());
+    }
+    let interrupts = Arc::new(AtomicUsize::new(0));
+    let counter = Arc::clone(&interrupts);
+    let handler = ctrlc::set_handler(move || {
+        counter.fetch_add(1, Ordering::SeqCst);
+    });
+    if let Err(error) = handler {
+        tracing::warn!(%error, "cannot listen for interrupts");
+    }
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let jobs = args.jobs.map_or(cores.clamp(2, 4), usize::from);
+    let run_options = RunOptions { jobs, keep_going: args.keep_going, interrupts };
+    let mut display = RunDisplay::new(Mode::detect(context.shared.json), context.shared.verbose > 0);
+
+    let mut lock = project.lock.clone();
+    let planner = project.planner(&options);
+    let mut show = |event| display.show(&event);
+    let summary = runner::run(planner, &mut lock, &selection, &run_options, &mut show)?;
+    project.lock = lock;
+    Ok(match summary {
+        summary if summary.interrupted => exit_code::INTERRUPTED,
+        summary if summary.failed > 0 => exit_code::STAGE_FAILED,
+        _ => exit_code::OK,
+    })
+}
