@@ -1,0 +1,55 @@
+//! The tokenizer built from a real GGUF file, against ids that transformers made.
+//! `PIPE_SMOLLM2` names the file; without it these tests are skipped, saying so.
+
+#![allow(clippy::unwrap_used, reason = "tests")]
+
+use std::path::PathBuf;
+
+use checkpoint::ModelFolder;
+use serde_json::Value;
+
+fn fixtures() -> PathBuf {
+    std::env::var_os("PIPE_FIXTURES").map_or_else(
+        || PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../../../tests/fixtures")),
+        PathBuf::from,
+    )
+}
+
+fn folder() -> Option<ModelFolder> {
+    let Some(path) = std::env::var_os("PIPE_SMOLLM2") else {
+        eprintln!("skipped: PIPE_SMOLLM2 is not set");
+        return None;
+    };
+    Some(ModelFolder::open(&PathBuf::from(path)).unwrap())
+}
+
+#[test]
+fn token_ids_of_the_fixture_are_equal_and_decode_to_the_text() {
+    let Some(folder) = folder() else { return };
+    let tokenizer = folder.tokenizer().unwrap();
+    let path = fixtures().join("smollm2-135m-instruct/expected.json");
+    let expected: Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+    for case in expected["tokenisation"].as_array().unwrap() {
+        let text = case["text"].as_str().unwrap();
+        let encoded = tokenizer.encode(text).unwrap();
+        let ids: Vec<u64> = case["ids"].as_array().unwrap().iter().map(|i| i.as_u64().unwrap()).collect();
+        assert_eq!(encoded.ids.iter().map(|i| u64::from(*i)).collect::<Vec<_>>(), ids, "{text:?}");
+        assert_eq!(tokenizer.decode(&encoded.ids).unwrap(), text);
+    }
+    assert_eq!((tokenizer.bos(), tokenizer.eos()), (Some(1), Some(2)));
+}
+
+#[test]
+fn chat_template_and_its_marks_come_from_the_file() {
+    let Some(folder) = folder() else { return };
+    let template = folder.chat_template().unwrap();
+    assert!(template.source.contains("<|im_start|>"));
+    assert_eq!((template.bos_token.as_str(), template.eos_token.as_str()), ("<|im_start|>", "<|im_end|>"));
+}
+
+#[test]
+fn endless_blanks_are_refused() {
+    let Some(folder) = folder() else { return };
+    let text = " ".repeat(200_000);
+    assert!(folder.tokenizer().unwrap().encode(&text).unwrap_err().to_string().contains("white space"));
+}
