@@ -1,0 +1,86 @@
+//! The dynamic 8-bit maps of bitsandbytes (Dettmers et al., "8-bit Optimizers via Block-wise
+//! Quantization", 2022): 256 ascending values that are dense near zero.
+
+use std::sync::LazyLock;
+
+/// Map of signed values, -0.993 to 1.
+pub(super) static SIGNED: LazyLock<[f32; 256]> = LazyLock::new(|| dynamic_map(true));
+/// Map of unsigned values, 0 to 1.
+pub(super) static UNSIGNED: LazyLock<[f32; 256]> = LazyLock::new(|| dynamic_map(false));
+
+/// `bitsandbytes.functional.create_dynamic_map(signed, 7, 8)`: for every power of ten from -6 to 0,
+/// the midpoints of a uniform grid from 0.1 to 1 that is twice as fine for each larger power; then
+/// zero and one.
+fn dynamic_map(signed: bool) -> [f32; 256] {
+    let mut values = vec![0.0f32, 1.0];
+    for power in 0..7 {
+        let cells = 1usize << if signed { power } else { power + 1 };
+        let bound = |i: usize| 0.1 + 0.9 * i as f64 / cells as f64;
+        let scale = 10f64.powi(power - 6);
+        for cell in 0..cells {
+            let value = (f64::midpoint(bound(cell), bound(cell + 1)) * scale) as f32;
+            values.push(value);
+            if signed {
+                values.push(-value);
+            }
+        }
+    }
+    values.sort_by(f32::total_cmp);
+    values.try_into().expect("invariant: 2 + 2 * 127 = 2 + 254 = 256")
+}
+
+/// Code of the value nearest to `x`, by the search of bitsandbytes' CUDA kernel: of two equally near
+/// values the one at which its binary search ends.
+#[inline]
+pub(super) fn encode(map: &[f32; 256], x: f32) -> u8 {
+    let (mut pivot, mut low, mut high) = (127usize, 0usize, 255usize);
+    let mut step = 64;
+    while step > 0 {
+        if x > map[pivot] {
+            low = pivot;
+            pivot += step;
+        } else {
+            high = pivot;
+            pivot -= step;
+        }
+        step >>= 1;
+    }
+    let nearest = if x > map[pivot] {
+        if x > (map[high] + map[pivot]) * 0.5 { high } else { pivot }
+    } else if x < (map[low] + map[pivot]) * 0.5 {
+        low
+    } else {
+        pivot
+    };
+    nearest as u8
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn maps_have_the_values_of_bitsandbytes() {
+        let near = |a: f32, b: f32| assert!((a - b).abs() <= 1e-6 * b.abs(), "{a} {b}");
+        let signed = [(0, -0.992_968_74), (126, -5.5e-7), (128, 5.5e-7), (254, 0.992_968_74)];
+        signed.iter().for_each(|(i, v)| near(SIGNED[*i], *v));
+        assert_eq!((SIGNED[127], SIGNED[255]), (0.0, 1.0));
+        [(1, 3.25e-7), (254, 0.996_484_4)].iter().for_each(|(i, v)| near(UNSIGNED[*i], *v));
+        assert_eq!((UNSIGNED[0], UNSIGNED[255]), (0.0, 1.0));
+        assert!(SIGNED.is_sorted() && UNSIGNED.is_sorted());
+    }
+
+    #[test]
+    fn encode_finds_a_nearest_value() {
+        for map in [&*SIGNED, &*UNSIGNED] {
+            for i in -2100..=2100 {
+                let x = (i as f32 / 2000.0).powi(3);
+                let best = map.iter().map(|v| (v - x).abs()).fold(f32::MAX, f32::min);
+                assert_eq!((map[encode(map, x) as usize] - x).abs(), best, "{x}");
+            }
+            for code in 0..=255u8 {
+                assert_eq!(encode(map, map[code as usize]), code);
+            }
+        }
+    }
+}

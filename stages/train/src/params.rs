@@ -1,0 +1,276 @@
+//! Params of the kind, under the names of transformers, TRL and PEFT where these have one.
+
+use contract::{ParamError, parse_params};
+use model::{LoraConfig, PROJECTIONS};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::optimizer::{AdamConfig, OptimizerKind};
+use crate::schedule::ScheduleKind;
+
+/// Steps where neither `max_steps` nor `epochs` is given: the assignment's.
+const DEFAULT_STEPS: u64 = 120;
+
+/// What may be written under `params:`. The defaults are the assignment's.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct Params {
+    pub(crate) lora: Lora,
+    /// Optimiser steps; exclusive with `epochs`.
+    pub(crate) max_steps: Option<u64>,
+    /// Passes over the rows, which may end in the middle of one.
+    pub(crate) epochs: Option<f64>,
+    pub(crate) learning_rate: f64,
+    pub(crate) warmup_steps: u64,
+    pub(crate) schedule: ScheduleKind,
+    pub(crate) weight_decay: f64,
+    /// Packed rows a micro-batch.
+    pub(crate) batch_size: usize,
+    /// Micro-batches a step.
+    pub(crate) gradient_accumulation: usize,
+    /// Global L2 norm above which gradients are scaled down; 0 for none.
+    pub(crate) max_grad_norm: f64,
+    pub(crate) optimizer: OptimizerKind,
+    pub(crate) betas: [f64; 2],
+    pub(crate) eps: f64,
+    pub(crate) seed: u64,
+    /// Steps between two evaluations on `eval_tokens`; one more follows the last step.
+    pub(crate) eval_steps: u64,
+    /// Steps between two checkpoints for resuming.
+    pub(crate) checkpoint_steps: u64,
+    pub(crate) select: Select,
+    /// When a rising loss ends the run; `null` for never.
+    pub(crate) spike: Option<Spike>,
+    /// Written to the adapter's `base_model_name_or_path`.
+    pub(crate) base_model_name_or_path: String,
+    pub(crate) device: Device,
+    pub(crate) dtype: Dtype,
+}
+
+/// The adapter.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct Lora {
+    pub(crate) r: usize,
+    pub(crate) alpha: f64,
+    pub(crate) dropout: f64,
+    pub(crate) targets: Vec<String>,
+}
+
+/// Which adapter is the output.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Select {
+    /// The one after the last step.
+    Last,
+    /// The one with the lowest evaluation loss, the earliest of equals.
+    Best,
+}
+
+/// A loss above `factor` times the running median for `patience` steps in a row ends the run.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct Spike {
+    pub(crate) factor: f64,
+    pub(crate) patience: u64,
+}
+
+/// Where to train.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Device {
+    /// The best device there is.
+    Auto,
+    /// The processor.
+    Cpu,
+}
+
+/// Arithmetic of activations.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Dtype {
+    /// The device's best.
+    Auto,
+    /// Single precision.
+    F32,
+}
+
+impl Default for Params {
+    fn default() -> Self {
+        Self {
+            lora: Lora::default(),
+            max_steps: None,
+            epochs: None,
+            learning_rate: 2e-4,
+            warmup_steps: 10,
+            schedule: ScheduleKind::Linear,
+            weight_decay: 0.01,
+            batch_size: 2,
+            gradient_accumulation: 4,
+            max_grad_norm: 1.0,
+            optimizer: OptimizerKind::Adamw,
+            betas: [0.9, 0.999],
+            eps: 1e-8,
+            seed: 42,
+            eval_steps: 50,
+            checkpoint_steps: 10,
+            select: Select::Last,
+            spike: Some(Spike::default()),
+            base_model_name_or_path: String::new(),
+            device: Device::Auto,
+            dtype: Dtype::Auto,
+        }
+    }
+}
+
+impl Default for Lora {
+    fn default() -> Self {
+        let targets = PROJECTIONS.map(str::to_owned).to_vec();
+        Self { r: 16, alpha: 16.0, dropout: 0.0, targets }
+    }
+}
+
+impl Default for Spike {
+    fn default() -> Self {
+        Self { factor: 3.0, patience: 5 }
+    }
+}
+
+impl Params {
+    /// Parses, fills defaults in and checks every value.
+    pub(crate) fn parse(params: &Value) -> Result<Self, ParamError> {
+        let mut parsed: Self = parse_params(params)?;
+        if parsed.max_steps.is_some() && parsed.epochs.is_some() {
+            return Err(ParamError::at("epochs", "give `max_steps` or `epochs`, not both"));
+        }
+        if parsed.max_steps.is_none() && parsed.epochs.is_none() {
+            parsed.max_steps = Some(DEFAULT_STEPS);
+        }
+        parsed.check_numbers()?;
+        parsed.check_targets()?;
+        Ok(parsed)
+    }
+
+    fn check_numbers(&self) -> Result<(), ParamError> {
+        let positive = |v: f64| v.is_finite() && v > 0.0;
+        let not_negative = |v: f64| v.is_finite() && v >= 0.0;
+        let fraction = |v: f64| (0.0..1.0).contains(&v);
+        let spike = self.spike.unwrap_or_default();
+        let rules = [
+            ("lora.r", self.lora.r > 0, "at least 1"),
+            ("lora.alpha", positive(self.lora.alpha), "greater than 0"),
+            ("lora.dropout", fraction(self.lora.dropout), "at least 0 and less than 1"),
+            ("max_steps", self.max_steps != Some(0), "at least 1"),
+            ("epochs", self.epochs.is_none_or(positive), "greater than 0"),
+            ("learning_rate", positive(self.learning_rate), "greater than 0"),
+            ("weight_decay", not_negative(self.weight_decay), "at least 0"),
+            ("batch_size", self.batch_size > 0, "at least 1"),
+            ("gradient_accumulation", self.gradient_accumulation > 0, "at least 1"),
+            ("max_grad_norm", not_negative(self.max_grad_norm), "at least 0"),
+            ("betas", self.betas.into_iter().all(fraction), "at least 0 and less than 1"),
+            ("eps", positive(self.eps), "greater than 0"),
+            ("eval_steps", self.eval_steps > 0, "at least 1"),
+            ("checkpoint_steps", self.checkpoint_steps > 0, "at least 1"),
+            ("spike.factor", spike.factor.is_finite() && spike.factor > 1.0, "greater than 1"),
+            ("spike.patience", spike.patience > 0, "at least 1"),
+        ];
+        match rules.into_iter().find(|(_, holds, _)| !holds) {
+            Some((path, _, rule)) => Err(ParamError::at(path, format!("must be {rule}"))),
+            None => Ok(()),
+        }
+    }
+
+    fn check_targets(&self) -> Result<(), ParamError> {
+        let targets = &self.lora.targets;
+        if targets.is_empty() {
+            return Err(ParamError::at("lora.targets", "needs at least one projection"));
+        }
+        for (i, target) in targets.iter().enumerate() {
+            let path = format!("lora.targets.{i}");
+            if !PROJECTIONS.contains(&target.as_str()) {
+                let mut error = ParamError::at(&path, format!("unknown projection `{target}`"));
+                error.expected = PROJECTIONS.map(str::to_owned).to_vec();
+                return Err(error);
+            }
+            if targets[..i].contains(target) {
+                return Err(ParamError::at(&path, format!("`{target}` is named twice")));
+            }
+        }
+        Ok(())
+    }
+
+    /// All params, defaults filled in.
+    pub(crate) fn to_value(&self) -> Value {
+        serde_json::to_value(self).expect("invariant: params are plain data")
+    }
+
+    /// What can change the outputs: how often to save and when to give up cannot.
+    pub(crate) fn identity(&self) -> Value {
+        let mut value = self.to_value();
+        if let Some(map) = value.as_object_mut() {
+            map.shift_remove("checkpoint_steps");
+            map.shift_remove("spike");
+        }
+        value
+    }
+
+    /// The adapter's shape as the model takes it.
+    pub(crate) fn lora_config(&self) -> LoraConfig {
+        LoraConfig {
+            r: self.lora.r,
+            alpha: self.lora.alpha as f32,
+            dropout: self.lora.dropout as f32,
+            targets: self.lora.targets.clone(),
+        }
+    }
+
+    /// The optimiser's constants.
+    pub(crate) fn adam(&self) -> AdamConfig {
+        AdamConfig {
+            kind: self.optimizer,
+            betas: self.betas,
+            eps: self.eps,
+            weight_decay: self.weight_decay,
+        }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn defaults_are_the_assignments_and_parse_back() {
+        let filled = Params::parse(&Value::Null).unwrap();
+        assert_eq!(filled.max_steps, Some(120));
+        assert_eq!(filled.lora.targets.len(), 7);
+        assert_eq!(Params::parse(&filled.to_value()).unwrap(), filled);
+        let by_epoch = Params::parse(&json!({"epochs": 1.5})).unwrap();
+        assert_eq!(by_epoch.max_steps, None);
+        assert_eq!(Params::parse(&by_epoch.to_value()).unwrap(), by_epoch);
+    }
+
+    #[test]
+    fn saving_more_often_or_giving_up_later_is_the_same_run() {
+        let identity = |v: Value| Params::parse(&v).unwrap().identity();
+        let base = identity(json!({}));
+        assert_eq!(base, identity(json!({"checkpoint_steps": 3, "spike": null})));
+        assert_ne!(base, identity(json!({"eval_steps": 3})));
+    }
+
+    #[test]
+    fn wrong_values_name_their_path() {
+        let path = |v: Value| Params::parse(&v).unwrap_err().path.join(".");
+        assert_eq!(path(json!({"lora": {"r": 0}})), "lora.r");
+        assert_eq!(path(json!({"lora": {"targets": ["q_proj", "qproj"]}})), "lora.targets.1");
+        assert_eq!(path(json!({"lora": {"targets": ["q_proj", "q_proj"]}})), "lora.targets.1");
+        assert_eq!(path(json!({"max_steps": 3, "epochs": 1})), "epochs");
+        assert_eq!(path(json!({"betas": [0.9, 1.0]})), "betas");
+        assert_eq!(path(json!({"spike": {"factor": 0.5}})), "spike.factor");
+        assert_eq!(path(json!({"optimizer": "sgd"})), "optimizer");
+        assert_eq!(path(json!({"learning_rat": 1})), "learning_rat");
+    }
+}
