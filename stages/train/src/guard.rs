@@ -55,7 +55,9 @@ mod tests {
 
     fn guard() -> Guard {
         let mut guard = Guard::new(Some(Spike { factor: 2.0, patience: 3 }));
-        [1.0, 1.1, 0.9, 1.0, 1.2].into_iter().for_each(|l| assert_eq!(guard.observe(l), None));
+        for loss in [1.0, 1.1, 0.9, 1.0, 1.2] {
+            assert_eq!(guard.observe(loss), None);
+        }
         guard
     }
 

@@ -120,6 +120,7 @@ impl Mt19937 {
 }
 
 #[cfg(test)]
+#[allow(clippy::float_cmp, reason = "equal bits are the claim")]
 mod tests {
     use super::*;
 

@@ -42,6 +42,7 @@ impl Schedule {
 }
 
 #[cfg(test)]
+#[allow(clippy::float_cmp, reason = "equal bits are the claim")]
 mod tests {
     use super::*;
 

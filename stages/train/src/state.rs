@@ -52,7 +52,7 @@ impl State {
     }
 
     /// The state in `bytes`, in the shape of `self`; `None` where they are of another run or format.
-    pub(crate) fn from_bytes(&self, bytes: &[u8]) -> Option<Self> {
+    pub(crate) fn adopt(&self, bytes: &[u8]) -> Option<Self> {
         let rest = bytes.strip_prefix(MAGIC)?;
         let (format, mut rest) = rest.split_first_chunk::<4>()?;
         if u32::from_le_bytes(*format) != FORMAT {
@@ -147,9 +147,9 @@ mod tests {
                 eval_loss: Some(0.1 + 0.2),
             });
             let bytes = trained.to_bytes();
-            assert_eq!(state(kind).from_bytes(&bytes), Some(trained));
+            assert_eq!(state(kind).adopt(&bytes), Some(trained));
             for cut in [0, 5, 20, bytes.len() - 1] {
-                assert_eq!(state(kind).from_bytes(&bytes[..cut]), None);
+                assert_eq!(state(kind).adopt(&bytes[..cut]), None);
             }
         }
     }
@@ -157,6 +157,6 @@ mod tests {
     #[test]
     fn a_checkpoint_of_another_optimiser_is_not_adopted() {
         let bytes = state(OptimizerKind::Adamw).to_bytes();
-        assert_eq!(state(OptimizerKind::Adamw8bit).from_bytes(&bytes), None);
+        assert_eq!(state(OptimizerKind::Adamw8bit).adopt(&bytes), None);
     }
 }

@@ -1,1 +1,238 @@
+//! The whole stage: on a small random Llama written here, and on the real SmolLM2 where
+//! `PIPE_SMOLLM2` names its GGUF.
 #![allow(clippy::unwrap_used, reason = "tests")]
+#![allow(clippy::print_stderr, reason = "says why a test did nothing")]
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use contract::{Fault, PROTOCOL};
+use safetensors::tensor::{Dtype, TensorView};
+
+use super::*;
+
+const HIDDEN: usize = 16;
+const FFN: usize = 24;
+const VOCABULARY: usize = 40;
+
+/// Writes a Llama of two layers with weights that are a function of their index.
+fn write_model(folder: &Path) {
+    fs::create_dir_all(folder).unwrap();
+    let config = json!({
+        "model_type": "llama", "hidden_size": HIDDEN, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8,
+        "intermediate_size": FFN, "vocab_size": VOCABULARY, "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0, "max_position_embeddings": 32, "tie_word_embeddings": true,
+        "hidden_act": "silu",
+    });
+    fs::write(folder.join("config.json"), config.to_string()).unwrap();
+    let mut shapes = vec![
+        ("model.embed_tokens.weight".to_owned(), vec![VOCABULARY, HIDDEN]),
+        ("model.norm.weight".to_owned(), vec![HIDDEN]),
+    ];
+    for layer in 0..2 {
+        let parts = [
+            ("self_attn.q_proj", vec![HIDDEN, HIDDEN]),
+            ("self_attn.k_proj", vec![8, HIDDEN]),
+            ("self_attn.v_proj", vec![8, HIDDEN]),
+            ("self_attn.o_proj", vec![HIDDEN, HIDDEN]),
+            ("mlp.gate_proj", vec![FFN, HIDDEN]),
+            ("mlp.up_proj", vec![FFN, HIDDEN]),
+            ("mlp.down_proj", vec![HIDDEN, FFN]),
+            ("input_layernorm", vec![HIDDEN]),
+            ("post_attention_layernorm", vec![HIDDEN]),
+        ];
+        shapes.extend(
+            parts.map(|(name, shape)| (format!("model.layers.{layer}.{name}.weight"), shape)),
+        );
+    }
+    let bytes: Vec<Vec<u8>> = shapes
+        .iter()
+        .enumerate()
+        .map(|(t, (_, shape))| {
+            let value = |i: usize| match shape.len() {
+                1 => 1.0f32,
+                _ => ((i * 37 + t * 11) as f32 * 12.9898).sin() * 0.4,
+            };
+            let len = shape.iter().product();
+            (0..len).flat_map(|i| value(i).to_le_bytes()).collect()
+        })
+        .collect();
+    let views = shapes.iter().zip(&bytes).map(|((name, shape), bytes)| {
+        (name.as_str(), TensorView::new(Dtype::F32, shape.clone(), bytes).unwrap())
+    });
+    let file = safetensors::serialize(views, None::<HashMap<String, String>>).unwrap();
+    fs::write(folder.join("model.safetensors"), file).unwrap();
+}
+
+/// Writes ten packed rows of two segments each, with a pattern that can be learned.
+fn write_tokens(path: &Path, vocabulary: usize, segment: usize) {
+    let mut file = TokenFile { cu_seqlens: vec![0], row_offsets: vec![0], ..TokenFile::default() };
+    for row in 0..10 {
+        for part in 0..2 {
+            let token = |i: usize| ((i * (3 + part) + row) % vocabulary) as i32;
+            file.tokens.extend((0..segment).map(token));
+            file.label_mask.extend((0..segment).map(|i| u8::from(i > 1)));
+            file.cu_seqlens.push(file.tokens.len() as i32);
+        }
+        file.row_offsets.push(file.tokens.len() as i32);
+    }
+    file.write(path).unwrap();
+}
+
+struct Space {
+    dir: tempfile::TempDir,
+    attempts: Vec<PathBuf>,
+}
+
+impl Space {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        write_model(&dir.path().join("model"));
+        write_tokens(&dir.path().join("tokens"), VOCABULARY, 7);
+        Self { dir, attempts: Vec::new() }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// A request of its own output folder `name`, adopting the scratch of those before.
+    fn request(&mut self, name: &str, params: &Value) -> Request {
+        let out = self.path(name);
+        fs::create_dir_all(&out).unwrap();
+        let scratch = out.join("scratch");
+        let earlier_scratch = self.attempts.iter().rev().cloned().collect();
+        self.attempts.push(scratch.clone());
+        let inputs = [("model", "model"), ("tokens", "tokens"), ("eval_tokens", "tokens")];
+        let inputs = inputs.map(|(input, file)| (input.to_owned(), self.path(file)));
+        Request {
+            protocol: PROTOCOL,
+            stage: "train".to_owned(),
+            kind: "train".to_owned(),
+            params: Train.resolve(params).unwrap().params,
+            inputs: BTreeMap::from(inputs),
+            outputs: ["adapter", "log"].map(|o| (o.to_owned(), out.join(o))).into(),
+            scratch,
+            earlier_scratch,
+            pipeline_dir: out,
+            lock: None,
+            upstream: Vec::new(),
+            threads: 2,
+        }
+    }
+
+    fn run(&mut self, name: &str, params: &Value) -> Result<Outcome, StageError> {
+        let request = self.request(name, params);
+        Train.run(&request, &mut Reporter::silent())
+    }
+
+    fn artifacts(&self, name: &str) -> [Vec<u8>; 3] {
+        ["log", "adapter/adapter_config.json", "adapter/adapter_model.safetensors"]
+            .map(|file| fs::read(self.path(name).join(file)).unwrap())
+    }
+
+    fn losses(&self, name: &str) -> Vec<f64> {
+        let lines: Vec<Value> = data::read_jsonl(&self.path(name).join("log")).unwrap();
+        lines.iter().map(|l| l["loss"].as_f64().unwrap()).collect()
+    }
+}
+
+fn params() -> Value {
+    json!({
+        "lora": {"r": 4, "alpha": 8, "dropout": 0.1}, "max_steps": 12, "learning_rate": 0.02,
+        "warmup_steps": 2, "eval_steps": 5, "checkpoint_steps": 2, "gradient_accumulation": 2,
+    })
+}
+
+#[test]
+fn training_a_small_llama_lowers_its_loss_and_gives_the_same_bytes_twice() {
+    let mut space = Space::new();
+    let outcome = space.run("a", &params()).unwrap();
+    space.attempts.clear();
+    space.run("b", &params()).unwrap();
+    assert_eq!(space.artifacts("a"), space.artifacts("b"));
+    let losses = space.losses("a");
+    assert_eq!(losses.len(), 12);
+    assert!(losses[11] < losses[0] - 0.5, "{losses:?}");
+    assert_eq!(outcome.telemetry["steps"], 12);
+    assert!(outcome.provenance["device"].as_str().unwrap().starts_with("cpu"));
+}
+
+#[test]
+fn a_run_whose_later_checkpoints_are_torn_resumes_from_a_whole_one_to_the_same_bytes() {
+    let mut space = Space::new();
+    let scheduled = params();
+    space.run("whole", &scheduled).unwrap();
+    // What is left of the run is its checkpoint of step 10, and a torn one of step 11.
+    let scratch = space.path("whole").join("scratch");
+    fs::write(scratch.join(format!("checkpoint-{:012}-{}.bin", 11, "0".repeat(64))), b"x").unwrap();
+    let outcome = space.run("resumed", &scheduled).unwrap();
+    assert_eq!(outcome.telemetry["resumed_from_step"], 10);
+    assert_eq!(space.artifacts("whole"), space.artifacts("resumed"));
+}
+
+#[test]
+fn an_adapter_can_be_the_start_of_another_run() {
+    let mut space = Space::new();
+    space.run("first", &params()).unwrap();
+    space.attempts.clear();
+    let mut request = space.request("second", &params());
+    request.inputs.insert("init_adapter".to_owned(), space.path("first").join("adapter"));
+    Train.run(&request, &mut Reporter::silent()).unwrap();
+    let (first, second) = (space.losses("first"), space.losses("second"));
+    assert!(second[0] < first[0] - 0.4, "{} {}", first[0], second[0]);
+    request.params["lora"]["r"] = json!(8);
+    request.scratch = space.path("other");
+    request.earlier_scratch.clear();
+    let error = Train.run(&request, &mut Reporter::silent()).unwrap_err();
+    assert_eq!(error.message, "the adapter of input `init_adapter` has r 4, the params say 8");
+}
+
+#[test]
+fn tokens_that_do_not_fit_the_model_are_refused_before_any_step() {
+    let mut space = Space::new();
+    let mut refused = |vocabulary, segment| {
+        write_tokens(&space.path("tokens"), vocabulary, segment);
+        let error = space.run("refused", &params()).unwrap_err();
+        assert_eq!(error.fault, Fault::Input);
+        assert!(error.help.is_some() && !space.path("refused/adapter").exists());
+        error.message
+    };
+    assert_eq!(
+        refused(VOCABULARY, 33),
+        "packed row 0 of input `tokens` has a segment of 33 tokens; the model takes at most 32"
+    );
+    assert_eq!(
+        refused(VOCABULARY + 1, 30),
+        "packed row 0 of input `tokens` has the token id 40; the model's vocabulary ends at 40"
+    );
+    assert_eq!(refused(VOCABULARY, 2), "no token of input `tokens` counts in the loss");
+}
+
+#[test]
+fn the_best_adapter_needs_tokens_to_evaluate() {
+    let inputs = |select: &str| Train.resolve(&json!({"select": select})).unwrap().inputs;
+    let required = |inputs: Vec<InputSpec>| inputs[2].name == "eval_tokens" && inputs[2].required;
+    assert!(required(inputs("best")) && !required(inputs("last")));
+}
+
+#[test]
+fn real_smollm2_learns_a_few_rows() {
+    let Some(path) = std::env::var_os("PIPE_SMOLLM2") else {
+        eprintln!("skipped: PIPE_SMOLLM2 is not set");
+        return;
+    };
+    let mut space = Space::new();
+    write_tokens(&space.path("tokens"), 1000, 24);
+    let params = json!({
+        "max_steps": 4, "learning_rate": 2e-3, "warmup_steps": 1, "optimizer": "adamw_8bit",
+        "gradient_accumulation": 2,
+    });
+    let mut request = space.request("real", &params);
+    request.inputs.insert("model".to_owned(), PathBuf::from(path));
+    Train.run(&request, &mut Reporter::silent()).unwrap();
+    let losses = space.losses("real");
+    assert!(losses[3] < losses[0] - 1.0, "{losses:?}");
+}

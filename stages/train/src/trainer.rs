@@ -112,7 +112,7 @@ impl<'a, L: Learner> Trainer<'a, L> {
             optimizer: Optimizer::new(self.params.adam(), &self.learner.tensors()),
         };
         let Some((sequence, bytes)) = self.checkpoints.latest() else { return (fresh, 0) };
-        match fresh.from_bytes(&bytes) {
+        match fresh.adopt(&bytes) {
             Some(state) if state.step() <= self.total_steps() => {
                 reporter.log(format!("resumed after step {}", state.step()));
                 self.learner.values_mut().copy_from_slice(&state.values);

@@ -56,6 +56,7 @@ pub(super) fn encode(map: &[f32; 256], x: f32) -> u8 {
 }
 
 #[cfg(test)]
+#[allow(clippy::float_cmp, reason = "equal bits are the claim")]
 mod tests {
     use super::*;
 
@@ -63,9 +64,13 @@ mod tests {
     fn maps_have_the_values_of_bitsandbytes() {
         let near = |a: f32, b: f32| assert!((a - b).abs() <= 1e-6 * b.abs(), "{a} {b}");
         let signed = [(0, -0.992_968_74), (126, -5.5e-7), (128, 5.5e-7), (254, 0.992_968_74)];
-        signed.iter().for_each(|(i, v)| near(SIGNED[*i], *v));
+        for (code, value) in signed {
+            near(SIGNED[code], value);
+        }
         assert_eq!((SIGNED[127], SIGNED[255]), (0.0, 1.0));
-        [(1, 3.25e-7), (254, 0.996_484_4)].iter().for_each(|(i, v)| near(UNSIGNED[*i], *v));
+        for (code, value) in [(1, 3.25e-7), (254, 0.996_484_4)] {
+            near(UNSIGNED[code], value);
+        }
         assert_eq!((UNSIGNED[0], UNSIGNED[255]), (0.0, 1.0));
         assert!(SIGNED.is_sorted() && UNSIGNED.is_sorted());
     }
@@ -76,7 +81,9 @@ mod tests {
             for i in -2100..=2100 {
                 let x = (i as f32 / 2000.0).powi(3);
                 let best = map.iter().map(|v| (v - x).abs()).fold(f32::MAX, f32::min);
-                assert_eq!((map[encode(map, x) as usize] - x).abs(), best, "{x}");
+                // The midpoint is rounded to f32, so that either of two neighbours may win at it.
+                let off = (map[encode(map, x) as usize] - x).abs();
+                assert!(off <= best + 1e-7 * x.abs(), "{x}: {off} {best}");
             }
             for code in 0..=255u8 {
                 assert_eq!(encode(map, map[code as usize]), code);
