@@ -1,0 +1,72 @@
+//! Params of the kind `evaluate`.
+
+use contract::{ParamError, parse_params};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct Params {
+    /// Most tokens generated for a prompt.
+    pub(crate) max_new_tokens: usize,
+    /// Rows decoded together: speed and memory only, and so no part of the identity.
+    pub(crate) batch_size: usize,
+    pub(crate) device: Device,
+    /// Answers only the first so many prompts.
+    pub(crate) limit: Option<usize>,
+}
+
+/// Where to generate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Device {
+    /// The best device there is.
+    Auto,
+    /// The processor.
+    Cpu,
+}
+
+impl Default for Params {
+    fn default() -> Self {
+        Self { max_new_tokens: 96, batch_size: 16, device: Device::Auto, limit: None }
+    }
+}
+
+impl Params {
+    /// Parses, fills defaults in and checks every value.
+    pub(crate) fn parse(params: &Value) -> Result<Self, ParamError> {
+        let parsed: Self = parse_params(params)?;
+        let rules = [
+            ("max_new_tokens", parsed.max_new_tokens > 0),
+            ("batch_size", parsed.batch_size > 0),
+            ("limit", parsed.limit != Some(0)),
+        ];
+        match rules.into_iter().find(|(_, holds)| !holds) {
+            Some((path, _)) => Err(ParamError::at(path, "must be at least 1")),
+            None => Ok(parsed),
+        }
+    }
+
+    /// What can change an output.
+    pub(crate) fn identity(&self) -> Result<Value, ParamError> {
+        let mut value = self.to_value()?;
+        if let Some(map) = value.as_object_mut() {
+            map.remove("batch_size");
+        }
+        Ok(value)
+    }
+
+    /// All params, defaults filled in.
+    pub(crate) fn to_value(&self) -> Result<Value, ParamError> {
+        serde_json::to_value(self).map_err(|e| ParamError::at("", e.to_string()))
+    }
+
+    /// How answers are decoded: two runs are comparable only where this is equal.
+    pub(crate) fn decoding(&self) -> Map<String, Value> {
+        let mut map = Map::new();
+        map.insert("method".to_owned(), "greedy".into());
+        map.insert("max_new_tokens".to_owned(), self.max_new_tokens.into());
+        map.insert("limit".to_owned(), self.limit.into());
+        map
+    }
+}
