@@ -1,6 +1,7 @@
 //! The command line: one file a subcommand, and what they share.
 
 mod graph;
+mod init;
 mod kinds;
 mod logs;
 mod outputs;
@@ -76,6 +77,8 @@ enum Command {
     Graph(graph::Args),
     /// Print the newest log of a stage
     Logs(logs::Args),
+    /// Write a commented starter pipeline
+    Init(init::Args),
     /// List the stage kinds, or the params, inputs and outputs of one
     Kinds(kinds::Args),
 }
@@ -246,6 +249,7 @@ pub fn main(kinds: &[&dyn StageKind]) -> ExitCode {
         Command::Outputs(args) => outputs::run(&context, &args),
         Command::Graph(args) => graph::run(&context, &args),
         Command::Logs(args) => logs::run(&context, &args),
+        Command::Init(args) => init::run(&context, &args),
         Command::Kinds(args) => kinds::run(&context, &args),
     };
     match result {

@@ -324,7 +324,7 @@ impl Planner<'_> {
                 let shown = path.display();
                 let problem =
                     Problem::at(format!("no file or folder `{shown}`"), input.place, "needed here")
-                        .help(format!("paths are relative to {}", self.pipeline.dir.display()));
+                        .help("paths are relative to the pipeline file");
                 return Err(PipelineError::of(vec![problem], &self.pipeline.sources).into());
             }
             digests.insert(name.clone(), self.cache.digest_local(&full)?);

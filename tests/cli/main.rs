@@ -1,0 +1,10 @@
+//! The real binary, driven through pipelines of shell commands in folders of their own.
+
+#![allow(clippy::unwrap_used, reason = "tests")]
+
+mod caching;
+mod commands;
+mod diagnostics;
+mod failures;
+mod processes;
+mod space;
