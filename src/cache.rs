@@ -139,7 +139,8 @@ impl Cache {
             Err(e) => return Err(CacheError::io("read", &path, e)),
         };
         let parsed = serde_json::from_slice::<Record>(&text).ok();
-        Ok(parsed.filter(|r| r.fingerprint == fingerprint && r.identity.fingerprint() == fingerprint))
+        Ok(parsed
+            .filter(|r| r.fingerprint == fingerprint && r.identity.fingerprint() == fingerprint))
     }
 
     /// Checks every object of a record; memoised, so microseconds where nothing changed.
@@ -237,8 +238,10 @@ impl Cache {
     }
 
     fn last_path(&self, pipeline: &str, stage: &str) -> PathBuf {
-        let safe: String =
-            pipeline.chars().map(|c| if c.is_alphanumeric() || "-_".contains(c) { c } else { '_' }).collect();
+        let safe: String = pipeline
+            .chars()
+            .map(|c| if c.is_alphanumeric() || "-_".contains(c) { c } else { '_' })
+            .collect();
         self.root.join("last").join(safe).join(format!("{stage}.json"))
     }
 

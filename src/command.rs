@@ -165,14 +165,11 @@ impl Project {
 
     /// The stage called `name`.
     fn stage(&self, name: &str) -> Result<&crate::pipeline::Stage, CommandError> {
-        match self.pipeline.stage(name) {
-            Some(stage) => Ok(stage),
-            None => {
-                let names = self.pipeline.stages.iter().map(|s| s.name.as_str());
-                let help = crate::pipeline::suggest(name, names);
-                Err(CommandError::Usage { message: format!("no stage `{name}`"), help })
-            }
-        }
+        self.pipeline.stage(name).ok_or_else(|| {
+            let names = self.pipeline.stages.iter().map(|s| s.name.as_str());
+            let help = crate::pipeline::suggest(name, names);
+            CommandError::Usage { message: format!("no stage `{name}`"), help }
+        })
     }
 }
 
@@ -216,8 +213,9 @@ impl Context<'_> {
 }
 
 fn current_dir() -> Result<PathBuf, CommandError> {
-    std::env::current_dir()
-        .map_err(|e| CommandError::usage(format!("no current folder: {e}"), "change to a folder that exists"))
+    std::env::current_dir().map_err(|e| {
+        CommandError::usage(format!("no current folder: {e}"), "change to a folder that exists")
+    })
 }
 
 /// The whole program, with the stage kinds that the binary knows.
@@ -278,7 +276,10 @@ fn trace(shared: &Shared) -> Result<(), CommandError> {
     let filter = || {
         let text = filter.clone().unwrap_or_else(|| "pipe=debug".to_owned());
         EnvFilter::try_new(&text).map_err(|e| {
-            CommandError::usage(format!("PIPE_LOG `{text}` is no filter: {e}"), "for example `pipe=debug`")
+            CommandError::usage(
+                format!("PIPE_LOG `{text}` is no filter: {e}"),
+                "for example `pipe=debug`",
+            )
         })
     };
     let file = match &shared.log_file {
@@ -289,12 +290,15 @@ fn trace(shared: &Shared) -> Result<(), CommandError> {
                 let message = format!("could not open {}: {e}", path.display());
                 CommandError::usage(message, "`--log-file` takes a file that can be written")
             })?;
-            Some(fmt::layer().json().with_writer(std::sync::Mutex::new(file)).with_filter(filter()?))
+            Some(
+                fmt::layer().json().with_writer(std::sync::Mutex::new(file)).with_filter(filter()?),
+            )
         }
     };
-    let people = match std::env::var_os("PIPE_LOG").is_some() || shared.verbose >= 2 {
-        true => Some(fmt::layer().with_writer(std::io::stderr).with_filter(filter()?)),
-        false => None,
+    let people = if std::env::var_os("PIPE_LOG").is_some() || shared.verbose >= 2 {
+        Some(fmt::layer().with_writer(std::io::stderr).with_filter(filter()?))
+    } else {
+        None
     };
     let _ = tracing_subscriber::registry().with(file).with(people).try_init();
     Ok(())

@@ -105,7 +105,8 @@ pub fn render(diagnostic: &dyn Diagnostic, color: bool, width: usize) -> String 
 
 /// Whether standard error may be coloured.
 pub fn color() -> bool {
-    std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty()) && Mode::detect(false) == Mode::Terminal
+    std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty())
+        && Mode::detect(false) == Mode::Terminal
 }
 
 fn width() -> usize {
@@ -145,7 +146,13 @@ fn amount(value: u64, unit: &str) -> String {
 }
 
 /// The lines of a failed stage, shared by terminal and plain output.
-fn failure(stage: &str, message: &str, help: Option<&str>, log: Option<&str>, tail: &[String]) -> String {
+fn failure(
+    stage: &str,
+    message: &str,
+    help: Option<&str>,
+    log: Option<&str>,
+    tail: &[String],
+) -> String {
     let mut text = format!("{stage}: failed: {message}");
     if let Some(help) = help {
         let _ = write!(text, "\n  help: {help}");

@@ -111,7 +111,8 @@ mod tests {
     fn every_field_changes_the_fingerprint() {
         let base = identity();
         let fp = Fingerprint([7; 32]);
-        let changes: Vec<Box<dyn Fn(&mut Identity)>> = vec![
+        type Change = Box<dyn Fn(&mut Identity)>;
+        let changes: Vec<Change> = vec![
             Box::new(|i| i.schema += 1),
             Box::new(|i| i.kind = "evaluate".into()),
             Box::new(|i| i.version = "2".into()),

@@ -68,7 +68,8 @@ impl StageGraph {
         let mut out = String::from("digraph pipeline {\n  rankdir=LR;\n  node [shape=box];\n");
         for stage in &pipeline.stages {
             let label = lines(stage, note(&stage.name)).join("\\n");
-            let _ = writeln!(out, "  \"{}\" [label=\"{}\"];", stage.name, label.replace('"', "\\\""));
+            let _ =
+                writeln!(out, "  \"{}\" [label=\"{}\"];", stage.name, label.replace('"', "\\\""));
         }
         for (from, to, label) in labelled_edges(pipeline) {
             let _ = writeln!(out, "  \"{from}\" -> \"{to}\" [label=\"{label}\"];");
@@ -164,7 +165,8 @@ pub(crate) fn cycles(stages: &[Stage]) -> Vec<Vec<usize>> {
         let mut walk = vec![knot[knot.len() - 1]];
         loop {
             let last = walk[walk.len() - 1];
-            let next = graph.neighbors_directed(last, Direction::Incoming).find(|n| inside.contains(n));
+            let next =
+                graph.neighbors_directed(last, Direction::Incoming).find(|n| inside.contains(n));
             let Some(next) = next else { break };
             if let Some(at) = walk.iter().position(|n| *n == next) {
                 found.push(walk[at..].iter().map(|n| n.index()).collect());

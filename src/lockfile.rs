@@ -68,11 +68,15 @@ impl Lockfile {
             }
             Err(source) => return Err(LockError::Io { doing: "read", path, source }),
         };
-        let content = |line, column, message| {
-            LockError::Content { path: path.clone(), line, column, message }
+        let content = |line, column, message| LockError::Content {
+            path: path.clone(),
+            line,
+            column,
+            message,
         };
-        let parsed: Content = serde_json::from_slice(&text)
-            .map_err(|e| content(e.line(), e.column(), format!("{e}; delete the file to resolve anew")))?;
+        let parsed: Content = serde_json::from_slice(&text).map_err(|e| {
+            content(e.line(), e.column(), format!("{e}; delete the file to resolve anew"))
+        })?;
         if parsed.version != VERSION {
             let message = format!("written by another version of pipe (layout {})", parsed.version);
             return Err(content(1, 1, message));
@@ -144,7 +148,10 @@ mod tests {
         lock.set("hf:x", json!({"a": 2, "z": 1})).unwrap();
         assert!(!path.exists(), "an equal entry must not write");
         fs::write(&path, &before).unwrap();
-        assert_eq!(Lockfile::beside(&pipeline).unwrap().get("hf:x"), Some(&json!({"a": 2, "z": 1})));
+        assert_eq!(
+            Lockfile::beside(&pipeline).unwrap().get("hf:x"),
+            Some(&json!({"a": 2, "z": 1}))
+        );
     }
 
     #[test]

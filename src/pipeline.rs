@@ -121,8 +121,9 @@ impl Pipeline {
     /// [`PipelineError`] with every problem found.
     pub fn load(path: &Path, sets: &[String], kinds: Kinds<'_>) -> Result<Self, PipelineError> {
         let text = std::fs::read_to_string(path).map_err(|error| {
-            let help = (error.kind() == std::io::ErrorKind::NotFound)
-                .then(|| "`pipe init` writes a starter pipeline; `-f FILE` names another".to_owned());
+            let help = (error.kind() == std::io::ErrorKind::NotFound).then(|| {
+                "`pipe init` writes a starter pipeline; `-f FILE` names another".to_owned()
+            });
             PipelineError::plain(format!("could not read {}: {error}", path.display()), help)
         })?;
         let dir = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));

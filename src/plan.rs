@@ -147,13 +147,14 @@ impl Planner<'_> {
         lock: &Lockfile,
     ) -> Result<PlannedStage, PlanError> {
         let kind = stage.kind.clone();
-        let needed: Vec<&str> = if stage.signature.reads_records {
-            Vec::new()
-        } else {
-            stage.needs().collect()
-        };
+        let needed: Vec<&str> =
+            if stage.signature.reads_records { Vec::new() } else { stage.needs().collect() };
         let transitive = self.upstream(stage);
-        let needed = if needed.is_empty() { transitive.iter().map(String::as_str).collect() } else { needed };
+        let needed = if needed.is_empty() {
+            transitive.iter().map(String::as_str).collect()
+        } else {
+            needed
+        };
         let waits_for: Vec<String> =
             needed.iter().filter(|n| !known.contains_key(**n)).map(|n| (*n).to_owned()).collect();
         if !waits_for.is_empty() {
@@ -164,7 +165,12 @@ impl Planner<'_> {
             } else {
                 Decision::Maybe { waits_for, reasons }
             };
-            return Ok(PlannedStage { stage: stage.name.clone(), kind, fingerprint: None, decision });
+            return Ok(PlannedStage {
+                stage: stage.name.clone(),
+                kind,
+                fingerprint: None,
+                decision,
+            });
         }
         let Decided { fingerprint, decision, .. } = self.decide(stage, known, lock)?;
         if let Decision::Reuse { record } = &decision {
@@ -266,11 +272,10 @@ impl Planner<'_> {
                 }
             }
         }
-        Ok(self.without_inputs(stage, lock, inputs, upstream))
+        Ok(Self::without_inputs(stage, lock, inputs, upstream))
     }
 
     fn without_inputs(
-        &self,
         stage: &Stage,
         lock: &Lockfile,
         inputs: BTreeMap<String, Digest>,
@@ -353,7 +358,7 @@ impl Planner<'_> {
             inputs.extend(new.map(|digest| (name.clone(), digest)));
         }
         let upstream = last.identity.upstream.clone();
-        let identity = self.without_inputs(stage, lock, inputs, upstream);
+        let identity = Self::without_inputs(stage, lock, inputs, upstream);
         let changed = identity != last.identity;
         Ok(if changed { reason::changes(stage, &last.identity, &identity) } else { Vec::new() })
     }
@@ -365,4 +370,3 @@ impl Plan {
         self.stages.iter().any(|s| !matches!(s.decision, Decision::Reuse { .. }))
     }
 }
-

@@ -202,10 +202,11 @@ impl<'a> Run<'a> {
         if upstream.iter().any(|n| !self.records.contains_key(n)) {
             return Ok(false);
         }
-        let stopping = self.interrupted_at.is_some()
-            || (!self.stopped.is_empty() && !self.options.keep_going);
+        let stopping =
+            self.interrupted_at.is_some() || (!self.stopped.is_empty() && !self.options.keep_going);
         let busy = stage.signature.resources.keys();
-        let busy = busy.clone().any(|r| self.running.values().any(|other| other.resources.contains(r)));
+        let busy =
+            busy.clone().any(|r| self.running.values().any(|other| other.resources.contains(r)));
         if stopping || busy || self.running.len() >= self.options.jobs {
             // A full house must not keep cached stages from being seen as such; they cost nothing
             // and are decided when a place is free.
@@ -231,11 +232,23 @@ impl<'a> Run<'a> {
             }
         };
         let fingerprint = decided.fingerprint;
-        (self.sink)(Event::StageStarted { stage: name.to_owned(), fingerprint, reasons, log: log.clone() });
+        (self.sink)(Event::StageStarted {
+            stage: name.to_owned(),
+            fingerprint,
+            reasons,
+            log: log.clone(),
+        });
         let resources = stage.signature.resources.keys().cloned().collect();
-        self.running.insert(name.to_owned(), Running { stopper: None, resources, log: log.clone() });
+        self.running
+            .insert(name.to_owned(), Running { stopper: None, resources, log: log.clone() });
         let forced = self.planner.options.force.contains(name);
-        spawn(Job { stage, identity: decided.identity, records: self.records.clone(), log, forced });
+        spawn(Job {
+            stage,
+            identity: decided.identity,
+            records: self.records.clone(),
+            log,
+            forced,
+        });
         Ok(true)
     }
 
@@ -347,14 +360,13 @@ impl<'a> Run<'a> {
         if count == 0 {
             return;
         }
-        let since = match self.interrupted_at {
-            Some(since) => since,
-            None => {
-                (self.sink)(Event::Interrupted);
-                self.summary.interrupted = true;
-                self.stop_all(Stopper::terminate);
-                *self.interrupted_at.insert(Instant::now())
-            }
+        let since = if let Some(since) = self.interrupted_at {
+            since
+        } else {
+            (self.sink)(Event::Interrupted);
+            self.summary.interrupted = true;
+            self.stop_all(Stopper::terminate);
+            *self.interrupted_at.insert(Instant::now())
         };
         if !self.killed && (count > 1 || since.elapsed() > GRACE) {
             self.killed = true;

@@ -111,8 +111,13 @@ impl Node {
 /// # Errors
 /// [`YamlError`] with the place of the fault.
 pub fn parse(text: &str, source: usize) -> Result<Node, YamlError> {
-    let mut builder =
-        Builder { parser: Parser::new_from_str(text), text, source, nodes: 0, anchors: BTreeMap::new() };
+    let mut builder = Builder {
+        parser: Parser::new_from_str(text),
+        text,
+        source,
+        nodes: 0,
+        anchors: BTreeMap::new(),
+    };
     builder.document()
 }
 
@@ -217,9 +222,7 @@ impl<'a> Builder<'a> {
             let (event, span) = self.next()?;
             let key = match event {
                 Event::MappingEnd => break,
-                Event::Scalar(text, ..) => {
-                    Key { place: self.place(span), name: text.into_owned() }
-                }
+                Event::Scalar(text, ..) => Key { place: self.place(span), name: text.into_owned() },
                 _ => return Err(fault("a key must be text", self.place(span))),
             };
             let (event, span) = self.next()?;
@@ -268,7 +271,6 @@ impl<'a> Builder<'a> {
         end = start + written;
         Place { source: self.source, start, end }
     }
-
 }
 
 fn fault(message: &str, place: Place) -> YamlError {

@@ -88,9 +88,11 @@ impl Lease {
         let (stop, stopped) = channel();
         let beat = path.clone();
         let heart = std::thread::spawn(move || {
-            while stopped.recv_timeout(HEARTBEAT) == Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
+            while stopped.recv_timeout(HEARTBEAT) == Err(std::sync::mpsc::RecvTimeoutError::Timeout)
+            {
                 let now = SystemTime::now();
-                let _ = fs::File::options().append(true).open(&beat).and_then(|f| f.set_modified(now));
+                let _ =
+                    fs::File::options().append(true).open(&beat).and_then(|f| f.set_modified(now));
             }
         });
         Self { path, holder, stop: Some(stop), heart: Some(heart) }

@@ -181,9 +181,8 @@ impl Cache {
         if let Some(digest) = self.index.lookup(path, &meta, false) {
             return Ok(digest);
         }
-        let digest = File::open(path)
-            .and_then(|f| hash(&f))
-            .map_err(|e| CacheError::io("read", path, e))?;
+        let digest =
+            File::open(path).and_then(|f| hash(&f)).map_err(|e| CacheError::io("read", path, e))?;
         self.index.remember(path, &meta, digest);
         Ok(digest)
     }
@@ -232,7 +231,9 @@ fn files_below(root: &Path) -> Result<Vec<(String, PathBuf)>, CacheError> {
         let io = |e| CacheError::io("list", &dir, e);
         if prefix.matches('/').count() > MAX_DEPTH {
             let shown = dir.display();
-            return Err(CacheError::Unfit(format!("{shown} is nested too deeply, or a link loops")));
+            return Err(CacheError::Unfit(format!(
+                "{shown} is nested too deeply, or a link loops"
+            )));
         }
         for entry in fs::read_dir(&dir).map_err(io)? {
             let entry = entry.map_err(io)?;

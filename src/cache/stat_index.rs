@@ -182,7 +182,9 @@ fn key(path: &Path) -> Key {
 }
 
 fn stat(meta: &Metadata) -> [u64; 5] {
-    let time = |seconds: i64, nanos: i64| (seconds as u64).wrapping_mul(1_000_000_000).wrapping_add(nanos as u64);
+    let time = |seconds: i64, nanos: i64| {
+        (seconds as u64).wrapping_mul(1_000_000_000).wrapping_add(nanos as u64)
+    };
     [
         meta.dev(),
         meta.ino(),

@@ -78,11 +78,10 @@ fn flipped_truncated_and_missing_objects_are_found_and_can_be_stored_again() {
     let (_dir, cache) = cache();
     let record_ = record(&cache, "content");
     let path = cache.object_path(record_.outputs["out"].digest);
-    let spoil: [&dyn Fn(); 3] = [
-        &|| fs::write(&path, "contenu").unwrap(),
-        &|| fs::write(&path, "cont").unwrap(),
-        &|| fs::remove_file(&path).unwrap(),
-    ];
+    let spoil: [&dyn Fn(); 3] =
+        [&|| fs::write(&path, "contenu").unwrap(), &|| fs::write(&path, "cont").unwrap(), &|| {
+            fs::remove_file(&path).unwrap();
+        }];
     for spoil in spoil {
         assert_eq!(cache.check(&record_), Ok(()));
         if path.exists() {

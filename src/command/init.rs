@@ -44,7 +44,10 @@ pub(super) fn run(_context: &Context<'_>, args: &Args) -> Result<u8, CommandErro
         None => QUICKSTART.replace(" -f pipelines/quickstart.yaml", ""),
     };
     let io = |path: &Path, e: std::io::Error| {
-        CommandError::usage(format!("could not write {}: {e}", path.display()), "is the folder writable?")
+        CommandError::usage(
+            format!("could not write {}: {e}", path.display()),
+            "is the folder writable?",
+        )
     };
     fs::create_dir_all(&args.dir).map_err(|e| io(&args.dir, e))?;
     fs::write(&path, text).map_err(|e| io(&path, e))?;
@@ -64,7 +67,10 @@ pub(super) fn run(_context: &Context<'_>, args: &Args) -> Result<u8, CommandErro
 
 fn own_rows(dir: &Path, rows: &Path) -> Result<String, CommandError> {
     let wrong = |what: String| {
-        CommandError::usage(what, "one row a line: {\"messages\": [{\"role\": …, \"content\": …}], \"tools\": […]}")
+        CommandError::usage(
+            what,
+            "one row a line: {\"messages\": [{\"role\": …, \"content\": …}], \"tools\": […]}",
+        )
     };
     let text = fs::read_to_string(rows)
         .map_err(|e| wrong(format!("could not read {}: {e}", rows.display())))?;

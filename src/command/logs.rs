@@ -27,7 +27,10 @@ pub(super) fn run(context: &Context<'_>, args: &Args) -> Result<u8, CommandError
         return Ok(exit_code::OK);
     }
     let text = std::fs::read(&log).map_err(|e| {
-        CommandError::usage(format!("could not read {}: {e}", log.display()), "the file may be gone")
+        CommandError::usage(
+            format!("could not read {}: {e}", log.display()),
+            "the file may be gone",
+        )
     })?;
     display::out(&String::from_utf8_lossy(&text));
     Ok(exit_code::OK)

@@ -25,7 +25,8 @@ pub(super) fn run(context: &Context<'_>, args: &Args) -> Result<u8, CommandError
     let mut options = PlanOptions::default();
     if args.force {
         let all = project.graph.with_upstream(&selection);
-        options.force = if args.names.is_empty() { all } else { selection.clone() }.into_iter().collect();
+        options.force =
+            if args.names.is_empty() { all } else { selection.clone() }.into_iter().collect();
     }
     let plan = project.planner(&options).plan(&selection, &project.lock)?;
     if context.shared.json {
@@ -47,7 +48,8 @@ fn text(plan: &Plan) -> String {
             out.push_str(&format!("{:width$}         {line}\n", ""));
         }
     }
-    let count = |test: fn(&Decision) -> bool| plan.stages.iter().filter(|s| test(&s.decision)).count();
+    let count =
+        |test: fn(&Decision) -> bool| plan.stages.iter().filter(|s| test(&s.decision)).count();
     let run = count(|d| matches!(d, Decision::Run { .. }));
     let maybe = count(|d| matches!(d, Decision::Maybe { .. }));
     let reuse = count(|d| matches!(d, Decision::Reuse { .. }));
@@ -68,7 +70,8 @@ fn lines(stage: &PlannedStage) -> Vec<String> {
             .map(|(i, reason)| if i == 0 { format!("run    {reason}") } else { reason.to_string() })
             .collect(),
         Decision::Maybe { waits_for, reasons } => {
-            let mut lines = vec![format!("maybe  depends on what {} will make", waits_for.join(", "))];
+            let mut lines =
+                vec![format!("maybe  depends on what {} will make", waits_for.join(", "))];
             lines.extend(reasons.iter().map(ToString::to_string));
             lines
         }

@@ -6,9 +6,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::{CommandError, Context};
 use crate::display::{Mode, RunDisplay};
+use crate::exit_code;
 use crate::plan::PlanOptions;
 use crate::runner::{self, RunOptions};
-use crate::exit_code;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
@@ -39,7 +39,8 @@ pub(super) fn run(context: &Context<'_>, args: &Args) -> Result<u8, CommandError
     let mut options = PlanOptions::default();
     if args.force {
         let named: BTreeSet<String> = selection.iter().cloned().collect();
-        options.force = if args.names.is_empty() { needed.iter().cloned().collect() } else { named };
+        options.force =
+            if args.names.is_empty() { needed.iter().cloned().collect() } else { named };
     }
     if let Some(from) = &args.from {
         project.stage(from)?;
@@ -60,7 +61,8 @@ pub(super) fn run(context: &Context<'_>, args: &Args) -> Result<u8, CommandError
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let jobs = args.jobs.map_or(cores.clamp(2, 4), usize::from);
     let run_options = RunOptions { jobs, keep_going: args.keep_going, interrupts };
-    let mut display = RunDisplay::new(Mode::detect(context.shared.json), context.shared.verbose > 0);
+    let mut display =
+        RunDisplay::new(Mode::detect(context.shared.json), context.shared.verbose > 0);
 
     let mut lock = project.lock.clone();
     let planner = project.planner(&options);

@@ -24,7 +24,10 @@ pub(super) fn run(context: &Context<'_>, args: &Args) -> Result<u8, CommandError
     if context.shared.json {
         display::out(&serde_json::to_string_pretty(planned).unwrap_or_default());
     } else {
-        display::out(&text(planned, project.cache.last(&project.pipeline.name, &stage.name).as_ref()));
+        display::out(&text(
+            planned,
+            project.cache.last(&project.pipeline.name, &stage.name).as_ref(),
+        ));
     }
     Ok(exit_code::OK)
 }

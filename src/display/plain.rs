@@ -119,7 +119,12 @@ mod tests {
         plain.shown.insert("train".into(), (Instant::now(), 0));
         let at = |done| Event::StageProgress {
             stage: "train".into(),
-            progress: Progress::Advance { done, total: 60, unit: "steps".into(), note: "loss 0.4".into() },
+            progress: Progress::Advance {
+                done,
+                total: 60,
+                unit: "steps".into(),
+                note: "loss 0.4".into(),
+            },
         };
         let lines: Vec<String> = (0..=60).filter_map(|i| plain.line(&at(i))).collect();
         assert_eq!(lines.len(), 10);

@@ -170,6 +170,8 @@ pub fn suggest<'a>(wrong: &str, known: impl IntoIterator<Item = &'a str>) -> Opt
         (Some(name), _) => Some(format!("did you mean `{name}`?")),
         (None, []) => None,
         (None, names) if names.len() <= 20 => Some(format!("known: {}", names.join(", "))),
-        (None, names) => Some(format!("known: {}, … ({} in all)", names[..20].join(", "), names.len())),
+        (None, names) => {
+            Some(format!("known: {}, … ({} in all)", names[..20].join(", "), names.len()))
+        }
     }
 }

@@ -96,7 +96,9 @@ fn syntax(error: YamlError) -> Problem {
         Some(first) => Problem::at(error.message, error.place, "again here")
             .also(first, "first here")
             .help("remove or rename one of the two"),
-        None => Problem::at(format!("this is not valid YAML: {}", error.message), error.place, "here"),
+        None => {
+            Problem::at(format!("this is not valid YAML: {}", error.message), error.place, "here")
+        }
     }
 }
 
@@ -122,8 +124,12 @@ impl Reader<'_> {
         let variables = Variables::new(root.get("params"));
         let Some(stages) = root.get("stages") else {
             self.problems.push(
-                Problem::at("a pipeline needs `stages`", Place { end: root.place.start, ..root.place }, "missing here")
-                    .help("`pipe init` writes a starter pipeline"),
+                Problem::at(
+                    "a pipeline needs `stages`",
+                    Place { end: root.place.start, ..root.place },
+                    "missing here",
+                )
+                .help("`pipe init` writes a starter pipeline"),
             );
             return Default::default();
         };
@@ -144,8 +150,12 @@ impl Reader<'_> {
             && key.name.chars().all(|c| c.is_alphanumeric() || "-_".contains(c));
         if !usable {
             self.problems.push(
-                Problem::at(format!("`{}` cannot be the name of a stage", key.name), key.place, "here")
-                    .help("letters, digits, `-` and `_`"),
+                Problem::at(
+                    format!("`{}` cannot be the name of a stage", key.name),
+                    key.place,
+                    "here",
+                )
+                .help("letters, digits, `-` and `_`"),
             );
             return None;
         }
@@ -229,7 +239,10 @@ impl Reader<'_> {
                 || node.get("inputs").is_some_and(|n| n.get(&spec.name).is_some());
             if !wired {
                 let message = format!("stage `{}` needs the input `{}`", key.name, spec.name);
-                let help = format!("`{}`: {}; wire it as `{}: STAGE.OUTPUT`", spec.name, spec.help, spec.name);
+                let help = format!(
+                    "`{}`: {}; wire it as `{}: STAGE.OUTPUT`",
+                    spec.name, spec.help, spec.name
+                );
                 self.problems.push(Problem::at(message, key.place, "missing input").help(help));
             }
         }
@@ -293,13 +306,15 @@ impl Reader<'_> {
                     if self.problems.is_empty() {
                         let help = suggest(from, stages.iter().map(|s| s.name.as_str()));
                         let message = format!("no stage `{from}`");
-                        self.problems
-                            .push(Problem::at(message, input.place, "unknown stage").maybe_help(help));
+                        self.problems.push(
+                            Problem::at(message, input.place, "unknown stage").maybe_help(help),
+                        );
                     }
                     continue;
                 };
                 let outputs = &upstream.signature.outputs;
-                let spec = if output.is_empty() { outputs.first() } else { upstream.output(output) };
+                let spec =
+                    if output.is_empty() { outputs.first() } else { upstream.output(output) };
                 match spec {
                     Some(spec) if spec.class == OutputClass::Telemetry => self.problems.push(
                         Problem::at(
@@ -313,8 +328,9 @@ impl Reader<'_> {
                     None => {
                         let help = suggest(output, outputs.iter().map(|o| o.name.as_str()));
                         let message = format!("stage `{from}` has no output `{output}`");
-                        self.problems
-                            .push(Problem::at(message, input.place, "unknown output").maybe_help(help));
+                        self.problems.push(
+                            Problem::at(message, input.place, "unknown output").maybe_help(help),
+                        );
                     }
                 }
             }
@@ -330,9 +346,10 @@ impl Reader<'_> {
             let mut problem: Option<Problem> = None;
             for (at, index) in cycle.iter().enumerate() {
                 let next = circle[(at + 1) % circle.len()];
-                let edge = stages[*index].inputs.values().find(
-                    |i| matches!(&i.from, InputRef::Output { stage, .. } if stage == next),
-                );
+                let edge = stages[*index]
+                    .inputs
+                    .values()
+                    .find(|i| matches!(&i.from, InputRef::Output { stage, .. } if stage == next));
                 let Some(edge) = edge else { continue };
                 let label = format!("`{}` needs `{next}`", stages[*index].name);
                 problem = Some(match problem {
@@ -353,8 +370,12 @@ impl Reader<'_> {
         for (key, members) in targets {
             if let Some(stage) = stages.iter().find(|s| s.name == key.name) {
                 self.problems.push(
-                    Problem::at(format!("`{}` is a stage and a target", key.name), key.place, "target")
-                        .also(stage.place, "stage"),
+                    Problem::at(
+                        format!("`{}` is a stage and a target", key.name),
+                        key.place,
+                        "target",
+                    )
+                    .also(stage.place, "stage"),
                 );
             }
             for (name, place) in members {

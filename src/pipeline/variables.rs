@@ -66,7 +66,10 @@ impl<'a> Variables<'a> {
                     match value.to_value() {
                         Value::String(s) => text.push_str(&s),
                         Value::Array(_) | Value::Object(_) => problems.push(Problem::at(
-                            format!("`${{{path}}}` is {} and cannot stand inside text", value.describe()),
+                            format!(
+                                "`${{{path}}}` is {} and cannot stand inside text",
+                                value.describe()
+                            ),
                             node.place,
                             "used here",
                         )),
@@ -89,8 +92,12 @@ impl<'a> Variables<'a> {
         if trail.iter().any(|p| p == path) {
             let cycle = trail.join("` -> `");
             problems.push(
-                Problem::at(format!("variable `{path}` refers to itself"), place, "closes the circle")
-                    .help(format!("the circle is `{cycle}` -> `{path}`")),
+                Problem::at(
+                    format!("variable `{path}` refers to itself"),
+                    place,
+                    "closes the circle",
+                )
+                .help(format!("the circle is `{cycle}` -> `{path}`")),
             );
             return null;
         }
@@ -170,12 +177,17 @@ fn parts(text: &str) -> Result<Vec<Part>, String> {
 
 /// Applies one parsed `--set PATH=VALUE` to the document: to the variable of that name, else to
 /// the param of the stage that the path starts with.
-pub(crate) fn apply_set(root: &mut Node, path: &str, at: Place, value: Node) -> Result<(), Problem> {
+pub(crate) fn apply_set(
+    root: &mut Node,
+    path: &str,
+    at: Place,
+    value: Node,
+) -> Result<(), Problem> {
     let steps: Vec<&str> = path.split('.').collect();
     if steps.iter().any(|s| s.is_empty()) {
         return Err(Problem::at(format!("`{path}` is not a dotted path"), at, "here"));
     }
-    let variable = root.get("params").filter(|p| find(p, &steps).is_some()).is_some();
+    let variable = root.get("params").is_some_and(|p| find(p, &steps).is_some());
     if variable {
         let mut full = vec!["params"];
         full.extend(&steps);

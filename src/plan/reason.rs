@@ -183,8 +183,8 @@ fn shown(value: Option<&Value>) -> String {
 
 impl fmt::Display for Reason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fn or<'a>(text: &'a Option<String>, none: &'a str) -> &'a str {
-            text.as_deref().unwrap_or(none)
+        fn or<'a>(text: Option<&'a String>, none: &'a str) -> &'a str {
+            text.map_or(none, String::as_str)
         }
         match self {
             Self::NeverRan => write!(f, "never ran before"),
@@ -194,14 +194,14 @@ impl fmt::Display for Reason {
                 write!(f, "{path}: {} -> {}", shown(old.as_ref()), shown(new.as_ref()))
             }
             Self::Input { input, old, new, from } => {
-                let (old, new) = (or(old, "(absent)"), or(new, "(absent)"));
+                let (old, new) = (or(old.as_ref(), "(absent)"), or(new.as_ref(), "(absent)"));
                 let from = if from.is_empty() { String::new() } else { format!(" (from {from})") };
                 write!(f, "input {input}: {old} -> {new}{from}")
             }
             Self::Version { old, new } => write!(f, "version of the stage kind: {old} -> {new}"),
             Self::Kind { old, new } => write!(f, "kind: {old} -> {new}"),
             Self::Env { name, old, new } => {
-                write!(f, "environment {name}: {} -> {}", or(old, "(unset)"), or(new, "(unset)"))
+                write!(f, "environment {name}: {} -> {}", or(old.as_ref(), "(unset)"), or(new.as_ref(), "(unset)"))
             }
             Self::Source { old, new } => {
                 write!(f, "pinned source: {} -> {}", shown(old.as_ref()), shown(new.as_ref()))

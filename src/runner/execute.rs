@@ -15,7 +15,9 @@ use contract::{
 };
 
 use super::{Message, slots};
-use crate::cache::{Acquired, CacheError, Lease, Scratch, WorkDir, differing_artifacts, unix_seconds};
+use crate::cache::{
+    Acquired, CacheError, Lease, Scratch, WorkDir, differing_artifacts, unix_seconds,
+};
 use crate::fingerprint::Identity;
 use crate::pipeline::{InputRef, Stage};
 use crate::plan::{Planner, Records};
@@ -68,7 +70,11 @@ pub(super) fn execute(
     let found = planner.cache.record(&job.stage.kind, fingerprint)?;
     if let Some(found) = &found {
         let settled = job.stage.signature.lock_key.is_none() || job.identity.lock.is_some();
-        if !job.forced && settled && planner.cache.check(found).is_ok() && required(job.stage, found).is_ok() {
+        if !job.forced
+            && settled
+            && planner.cache.check(found).is_ok()
+            && required(job.stage, found).is_ok()
+        {
             return Ok(Made::ByOther(Arc::new(found.clone())));
         }
         planner.cache.clear_faults(found);
@@ -158,7 +164,9 @@ fn attempt(
     let _ = sender.send(Message::Started { stage: name.clone(), stopper: process.stopper() });
     let mut log = fs::File::options().append(true).open(&job.log).ok();
     let outcome = process.wait(&request, &work.path().join("result.json"), |progress| {
-        if let (Progress::Log { message } | Progress::Warning { message }, Some(log)) = (&progress, &mut log) {
+        if let (Progress::Log { message } | Progress::Warning { message }, Some(log)) =
+            (&progress, &mut log)
+        {
             let _ = writeln!(log, "{message}");
         }
         let _ = sender.send(Message::Progress { stage: name.clone(), progress });
@@ -276,9 +284,8 @@ fn store(
     work: &WorkDir,
 ) -> Result<BTreeMap<String, OutputRecord>, StageError> {
     let mut stored = BTreeMap::new();
-    let defect = |what: String| {
-        Err(StageError::internal(format!("stage `{}` {what}", job.stage.name)))
-    };
+    let defect =
+        |what: String| Err(StageError::internal(format!("stage `{}` {what}", job.stage.name)));
     for spec in &job.stage.signature.outputs {
         let path = &request.outputs[&spec.name];
         undeclared(path, &work.path().join("out").join(&spec.name))?;
@@ -293,7 +300,10 @@ fn store(
             OutputForm::Tree => meta.is_dir(),
         };
         if !fits {
-            return defect(format!("made its output `{}` in another form than declared", spec.name));
+            return defect(format!(
+                "made its output `{}` in another form than declared",
+                spec.name
+            ));
         }
         let kept = planner.cache.ingest(path, spec.form)?;
         let output = OutputRecord {

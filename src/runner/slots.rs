@@ -33,7 +33,8 @@ fn count(resource: &str) -> usize {
         return 1;
     }
     let device = |name: &str| {
-        name.strip_prefix("nvidia").is_some_and(|n| !n.is_empty() && n.bytes().all(|b| b.is_ascii_digit()))
+        name.strip_prefix("nvidia")
+            .is_some_and(|n| !n.is_empty() && n.bytes().all(|b| b.is_ascii_digit()))
     };
     let devices = fs::read_dir("/dev").map(|entries| {
         entries.flatten().filter(|e| e.file_name().to_str().is_some_and(device)).count()
@@ -43,11 +44,9 @@ fn count(resource: &str) -> usize {
 
 /// Local to the host and, where the system offers it, to the user.
 fn folder() -> PathBuf {
-    match std::env::var_os("XDG_RUNTIME_DIR").filter(|d| !d.is_empty()) {
-        Some(dir) => PathBuf::from(dir).join("pipe"),
-        None => {
-            let user = rustix::process::getuid().as_raw();
-            std::env::temp_dir().join(format!("pipe-{user}"))
-        }
+    if let Some(dir) = std::env::var_os("XDG_RUNTIME_DIR").filter(|d| !d.is_empty()) {
+        return PathBuf::from(dir).join("pipe");
     }
+    let user = rustix::process::getuid().as_raw();
+    std::env::temp_dir().join(format!("pipe-{user}"))
 }

@@ -57,7 +57,8 @@ fn plan_and_run_speak_json() {
 
 #[test]
 fn targets_select_stages() {
-    let space = Space::new(&format!("targets: {{default: [left], both: [left, right]}}\n{DIAMOND}"));
+    let space =
+        Space::new(&format!("targets: {{default: [left], both: [left, right]}}\n{DIAMOND}"));
     space.pipe(&["run"]).code(0);
     assert_eq!(space.all_runs(), [1, 0, 0, 0]);
     space.pipe(&["run", "both"]).code(0);

@@ -38,11 +38,21 @@ fn every_valid_pipeline_plans() {
 
 #[test]
 fn wrong_set_is_reported_in_its_own_text() {
-    let space = Space::new("params: {seed: 1}\nstages:\n  s:\n    kind: command\n    params: {run: 'true'}\n");
+    let space = Space::new(
+        "params: {seed: 1}\nstages:\n  s:\n    kind: command\n    params: {run: 'true'}\n",
+    );
     let unknown = space.pipe(&["plan", "--set", "sede=2"]).code(3);
-    assert!(unknown.err.contains("--set:1:1") && unknown.err.contains("did you mean `seed`?"), "{}", unknown.err);
+    assert!(
+        unknown.err.contains("--set:1:1") && unknown.err.contains("did you mean `seed`?"),
+        "{}",
+        unknown.err
+    );
     let param = space.pipe(&["plan", "--set", "s.rnu=x"]).code(3);
-    assert!(param.err.contains("--set:1:1") && param.err.contains("did you mean `run`?"), "{}", param.err);
+    assert!(
+        param.err.contains("--set:1:1") && param.err.contains("did you mean `run`?"),
+        "{}",
+        param.err
+    );
     let shape = space.pipe(&["plan", "--set", "seed"]).code(3);
     assert!(shape.err.contains("path=value"), "{}", shape.err);
 }

@@ -81,7 +81,10 @@ fn secrets_that_are_passed_on_are_stored_nowhere() {
 #[test]
 fn requirement_that_cannot_be_met_publishes_nothing() {
     let space = Space::new(DIAMOND);
-    space.replace("  last:\n    kind: command\n", "  last:\n    kind: command\n    require: {backend: cuda}\n");
+    space.replace(
+        "  last:\n    kind: command\n",
+        "  last:\n    kind: command\n    require: {backend: cuda}\n",
+    );
     let run = space.pipe(&["run"]).code(4);
     assert!(run.err.contains("requires backend = \"cuda\""), "{}", run.err);
 }

@@ -10,7 +10,7 @@ pub(crate) struct Space {
 }
 
 /// Two sources, a join, and a stage after it. Each stage adds a line to `$RUNS/<stage>`.
-pub(crate) const DIAMOND: &str = r#"
+pub(crate) const DIAMOND: &str = r"
 params: {left: one, right: two}
 stages:
   left:
@@ -31,7 +31,7 @@ stages:
     pass_env: [RUNS]
     inputs: {joined: join}
     params: {run: 'echo x >> $RUNS/last; wc -c < $PIPE_INPUT_JOINED > $PIPE_OUTPUT_OUT', outputs: {out: {file: last.txt}}}
-"#;
+";
 
 /// What a run printed and how it ended.
 pub(crate) struct Ran {
@@ -97,7 +97,7 @@ impl Space {
     }
 
     pub(crate) fn pipe(&self, args: &[&str]) -> Ran {
-        ran(self.command(args).output().unwrap())
+        ran(&self.command(args).output().unwrap())
     }
 
     /// How often a stage really ran.
@@ -121,7 +121,7 @@ impl Space {
     }
 }
 
-pub(crate) fn ran(output: Output) -> Ran {
+pub(crate) fn ran(output: &Output) -> Ran {
     Ran {
         code: output.status.code(),
         out: String::from_utf8_lossy(&output.stdout).into_owned(),

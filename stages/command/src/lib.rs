@@ -85,7 +85,10 @@ impl StageKind for Command {
             if !name.chars().all(|c| c.is_ascii_alphanumeric() || "-_".contains(c)) {
                 return Err(ParamError::at(&at, "letters, digits, `-` and `_` only"));
             }
-            if output.name().is_empty() || output.name().contains('/') || output.name().starts_with('.') {
+            if output.name().is_empty()
+                || output.name().contains('/')
+                || output.name().starts_with('.')
+            {
                 return Err(ParamError::at(&at, "a plain file name is needed here"));
             }
             outputs.push(match output {
@@ -100,8 +103,7 @@ impl StageKind for Command {
             free_inputs: true,
             resources: params.resources.clone(),
             nondeterministic: params.nondeterministic,
-            params: serde_json::to_value(&params)
-                .map_err(|e| ParamError::at("", e.to_string()))?,
+            params: serde_json::to_value(&params).map_err(|e| ParamError::at("", e.to_string()))?,
             ..Signature::default()
         })
     }

@@ -19,7 +19,8 @@ pub(crate) fn loss_curve(train: &[(f64, f64)], eval: &[(f64, f64)]) -> Option<St
     let (tick, top) = scale(highest);
     let x = |step: f64| LEFT + step / steps * (WIDTH - LEFT - RIGHT);
     let y = |loss: f64| TOP + (1.0 - loss / top) * (HEIGHT - TOP - BOTTOM);
-    let mut out = format!("<svg viewBox=\"0 0 {WIDTH} {HEIGHT}\" role=\"img\" aria-label=\"loss by step\">");
+    let mut out =
+        format!("<svg viewBox=\"0 0 {WIDTH} {HEIGHT}\" role=\"img\" aria-label=\"loss by step\">");
     let ticks = (top / tick).round() as usize;
     for i in 0..=ticks {
         let value = tick * i as f64;
@@ -50,7 +51,11 @@ pub(crate) fn loss_curve(train: &[(f64, f64)], eval: &[(f64, f64)]) -> Option<St
     if !eval.is_empty() {
         out.push_str(&format!("<path class=\"eval\" d=\"{}\"/>", path(eval)));
         for (step, loss) in eval {
-            out.push_str(&format!("<circle class=\"dot\" cx=\"{:.1}\" cy=\"{:.1}\" r=\"3.5\"/>", x(*step), y(*loss)));
+            out.push_str(&format!(
+                "<circle class=\"dot\" cx=\"{:.1}\" cy=\"{:.1}\" r=\"3.5\"/>",
+                x(*step),
+                y(*loss)
+            ));
         }
     }
     out.push_str("</svg>");
@@ -83,7 +88,10 @@ mod tests {
     fn scale_is_round_and_holds_the_highest() {
         for highest in [0.04, 0.7, 1.0, 2.9, 11.0, 365.0] {
             let (tick, top) = scale(highest);
-            assert!(top >= highest && (3..=10).contains(&((top / tick).round() as i32)), "{highest}");
+            assert!(
+                top >= highest && (3..=10).contains(&((top / tick).round() as i32)),
+                "{highest}"
+            );
         }
     }
 

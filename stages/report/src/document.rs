@@ -11,11 +11,7 @@ pub(crate) enum Block {
     /// The one sentence that sums the report up.
     Headline(String),
     /// Table; the first column is text, the others are numbers where `numeric`.
-    Table {
-        head: Vec<String>,
-        rows: Vec<Vec<String>>,
-        numeric: bool,
-    },
+    Table { head: Vec<String>, rows: Vec<Vec<String>>, numeric: bool },
     /// Drawing for HTML; Markdown gets the caption alone.
     Figure { svg: String, caption: String },
     /// Texts side by side under a heading: what somebody said.
@@ -98,7 +94,10 @@ pub(crate) fn html(title: &str, blocks: &[Block]) -> String {
             Block::Code(text) => out.push_str(&format!("<pre>{}</pre>\n", escape(text))),
             Block::Table { head, rows, numeric } => html_table(head, rows, *numeric, &mut out),
             Block::Example { title, parts } => {
-                out.push_str(&format!("<section class=\"example\"><h3>{}</h3>\n<div class=\"parts\">", escape(title)));
+                out.push_str(&format!(
+                    "<section class=\"example\"><h3>{}</h3>\n<div class=\"parts\">",
+                    escape(title)
+                ));
                 for (label, text) in parts {
                     let (label, text) = (escape(label), escape(text));
                     out.push_str(&format!("<div><h4>{label}</h4><pre>{text}</pre></div>"));

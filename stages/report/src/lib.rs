@@ -111,11 +111,15 @@ impl StageKind for Report {
 
 impl Content {
     fn read(request: &Request) -> Result<Self, StageError> {
-        let json = |name: &str| request.optional_input(name).map(|p| read_json::<Value>(p)).transpose();
+        let json =
+            |name: &str| request.optional_input(name).map(|p| read_json::<Value>(p)).transpose();
         Ok(Self {
             params: request.params()?,
             tuned: read_json(request.input("tuned_metrics")?)?,
-            baseline: request.optional_input("baseline_metrics").map(|p| read_json(p)).transpose()?,
+            baseline: request
+                .optional_input("baseline_metrics")
+                .map(|p| read_json(p))
+                .transpose()?,
             tuned_predictions: lines(request, "tuned_predictions")?,
             baseline_predictions: lines(request, "baseline_predictions")?,
             tuned_manual: lines(request, "tuned_manual")?,

@@ -4,10 +4,10 @@ use contract::UpstreamRecord;
 use data::{Metrics, Prediction, Rate};
 use serde_json::Value;
 
+use crate::Content;
 use crate::chart::loss_curve;
 use crate::document::Block;
 use crate::words::{date, duration, leaves, p_value, percent, points, rate, size};
-use crate::Content;
 
 /// Longest text of an example, in characters.
 const SHOWN: usize = 900;
@@ -43,7 +43,9 @@ fn headline(content: &Content) -> String {
     if tuned < baseline.strict_accuracy.value {
         text = text.replacen("rose", "fell", 1);
     }
-    if let Some(paired) = content.tuned.against_baseline.iter().find(|p| p.metric == "strict_accuracy") {
+    if let Some(paired) =
+        content.tuned.against_baseline.iter().find(|p| p.metric == "strict_accuracy")
+    {
         text.push_str(&format!(
             " ({} points, 95% interval {} to {}; McNemar p = {})",
             points(paired.difference),
@@ -64,9 +66,14 @@ fn headline(content: &Content) -> String {
 fn accuracies(content: &Content, blocks: &mut Vec<Block>) {
     blocks.push(Block::Heading("Accuracy".to_owned()));
     let tuned = &content.tuned;
-    let measures: [(&str, &str, fn(&Metrics) -> &Rate); 3] = [
-        ("strict_accuracy", "Strict: right call in the trained format, or rightly none", |m| &m.strict_accuracy),
-        ("lenient_accuracy", "Lenient: right call in any common format, or rightly none", |m| &m.lenient_accuracy),
+    type Measure = (&'static str, &'static str, fn(&Metrics) -> &Rate);
+    let measures: [Measure; 3] = [
+        ("strict_accuracy", "Strict: right call in the trained format, or rightly none", |m| {
+            &m.strict_accuracy
+        }),
+        ("lenient_accuracy", "Lenient: right call in any common format, or rightly none", |m| {
+            &m.lenient_accuracy
+        }),
         ("decision_accuracy", "Decision: call or no call", |m| &m.decision_accuracy),
     ];
     let mut rows = Vec::new();
@@ -102,7 +109,9 @@ fn accuracies(content: &Content, blocks: &mut Vec<Block>) {
         percent(tuned.always_call_baseline)
     )));
     if content.baseline.is_none() {
-        blocks.push(Block::Text("No baseline was wired, so there is nothing to compare with.".to_owned()));
+        blocks.push(Block::Text(
+            "No baseline was wired, so there is nothing to compare with.".to_owned(),
+        ));
     }
 }
 
@@ -164,7 +173,8 @@ fn loss(content: &Content, blocks: &mut Vec<Block>) {
     let every = (train.len() / 10).max(1);
     let rows = train.iter().enumerate().filter(|(i, _)| i % every == 0 || *i + 1 == train.len());
     let rows = rows.map(|(_, (step, loss))| {
-        let eval = eval.iter().find(|(s, _)| s == step).map_or(String::new(), |(_, l)| format!("{l:.4}"));
+        let eval =
+            eval.iter().find(|(s, _)| (s - step).abs() < 0.5).map_or(String::new(), |(_, l)| format!("{l:.4}"));
         vec![step.to_string(), format!("{loss:.4}"), eval]
     });
     blocks.push(Block::table(&["step", "loss", "evaluation loss"], rows.collect(), true));
@@ -263,14 +273,18 @@ fn manual(content: &Content, blocks: &mut Vec<Block>) {
         let mut parts = vec![];
         parts.extend(before.map(|b| ("Base".to_owned(), cut(&b.output))));
         parts.push(("Tuned".to_owned(), cut(&after.output)));
-        blocks.push(Block::Example { title: format!("{} (tools on offer: {tools})", after.user), parts });
+        blocks.push(Block::Example {
+            title: format!("{} (tools on offer: {tools})", after.user),
+            parts,
+        });
     }
 }
 
 fn times(upstream: &[UpstreamRecord], blocks: &mut Vec<Block>) {
     blocks.push(Block::Heading("How long each artifact took to make".to_owned()));
     blocks.push(Block::Text(
-        "From the record of the run that made it, which may be an earlier one, by somebody else.".to_owned(),
+        "From the record of the run that made it, which may be an earlier one, by somebody else."
+            .to_owned(),
     ));
     let text = |v: Option<&Value>| v.and_then(Value::as_str).unwrap_or_default().to_owned();
     let row = |r: &UpstreamRecord| {
@@ -288,7 +302,15 @@ fn times(upstream: &[UpstreamRecord], blocks: &mut Vec<Block>) {
     };
     let mut rows: Vec<Vec<String>> = upstream.iter().map(row).collect();
     let total: f64 = upstream.iter().map(|r| r.seconds).sum();
-    rows.push(vec!["together".to_owned(), duration(total), String::new(), String::new(), String::new(), String::new(), String::new()]);
+    rows.push(vec![
+        "together".to_owned(),
+        duration(total),
+        String::new(),
+        String::new(),
+        String::new(),
+        String::new(),
+        String::new(),
+    ]);
     let head = ["stage", "took", "finished", "device", "rate", "peak memory", "fingerprint"];
     blocks.push(Block::table(&head, rows, false));
 }

@@ -27,7 +27,8 @@ fn metrics(strict: u64, paired: bool) -> Value {
 }
 
 fn prediction(index: u64, right: bool) -> Value {
-    let parse = json!({"attempted": true, "calls": [], "fault": if right { "" } else { "no call" }});
+    let parse =
+        json!({"attempted": true, "calls": [], "fault": if right { "" } else { "no call" }});
     json!({"id": format!("row_{index}"), "index": index, "class": "call", "user": "<b>how</b>?",
         "output": "out", "ended": true, "tokens": 3, "strict": parse, "lenient": parse,
         "strict_correct": right, "lenient_correct": right, "decision_correct": right, "expected": "call"})
@@ -44,9 +45,21 @@ fn request(dir: &Path, with_baseline: bool) -> Request {
     put("tuned_metrics", metrics(7, with_baseline).to_string());
     if with_baseline {
         put("baseline_metrics", metrics(4, false).to_string());
-        put("tuned_predictions", lines(vec![prediction(9, true), prediction(2, true), prediction(5, false)]));
-        put("baseline_predictions", lines(vec![prediction(9, false), prediction(2, false), prediction(5, true)]));
-        put("train_log", lines(vec![json!({"step": 1, "loss": 2.0}), json!({"step": 2, "loss": 1.0, "eval_loss": 1.2})]));
+        put(
+            "tuned_predictions",
+            lines(vec![prediction(9, true), prediction(2, true), prediction(5, false)]),
+        );
+        put(
+            "baseline_predictions",
+            lines(vec![prediction(9, false), prediction(2, false), prediction(5, true)]),
+        );
+        put(
+            "train_log",
+            lines(vec![
+                json!({"step": 1, "loss": 2.0}),
+                json!({"step": 2, "loss": 1.0, "eval_loss": 1.2}),
+            ]),
+        );
     }
     let upstream = UpstreamRecord {
         stage: "train".into(),
@@ -66,7 +79,11 @@ fn request(dir: &Path, with_baseline: bool) -> Request {
         kind: "report".into(),
         params: Report.resolve(&json!({"examples": 1})).unwrap().params,
         inputs,
-        outputs: [("html".to_owned(), dir.join("r.html")), ("markdown".to_owned(), dir.join("r.md"))].into(),
+        outputs: [
+            ("html".to_owned(), dir.join("r.html")),
+            ("markdown".to_owned(), dir.join("r.md")),
+        ]
+        .into(),
         scratch: dir.join("scratch"),
         earlier_scratch: vec![],
         pipeline_dir: dir.to_owned(),
@@ -88,7 +105,16 @@ fn report(with_baseline: bool) -> (String, String) {
 fn both_pages_hold_the_same_numbers() {
     let (html, markdown) = report(true);
     for page in [&html, &markdown] {
-        for number in ["40.0%", "70.0%", "+30.0", "4 / 1", "4.0e-4", "6 min 12 s", "2026-11-23 09:15 UTC", "2.000 at step 1"] {
+        for number in [
+            "40.0%",
+            "70.0%",
+            "+30.0",
+            "4 / 1",
+            "4.0e-4",
+            "6 min 12 s",
+            "2026-11-23 09:15 UTC",
+            "2.000 at step 1",
+        ] {
             assert!(page.contains(number), "{number} is missing in\n{page}");
         }
     }
@@ -106,7 +132,8 @@ fn examples_are_those_with_the_lowest_row_numbers() {
 #[test]
 fn absent_inputs_are_named() {
     let (_, markdown) = report(false);
-    for text in ["No baseline was wired", "No training log was wired", "No predictions were wired"] {
+    for text in ["No baseline was wired", "No training log was wired", "No predictions were wired"]
+    {
         assert!(markdown.contains(text), "{text}");
     }
 }

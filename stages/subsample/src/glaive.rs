@@ -31,7 +31,8 @@ pub(crate) fn parse(value: Value, index: u64) -> Result<Row, String> {
 /// itself is not kept: the chat template says it in its own words.
 fn tools(system: &str) -> Result<Vec<Tool>, String> {
     let Some(start) = system.find('{') else { return Ok(Vec::new()) };
-    let stream = serde_json::Deserializer::from_str(&system[start..]).into_iter::<Map<String, Value>>();
+    let stream =
+        serde_json::Deserializer::from_str(&system[start..]).into_iter::<Map<String, Value>>();
     let mut tools = Vec::new();
     for function in stream {
         let function = function.map_err(|e| format!("a function in `system` is not JSON: {e}"))?;
@@ -124,7 +125,10 @@ fn call(payload: &str) -> Result<ToolCall, String> {
             .or_else(|_| serde_json::from_str(&inner.replace("\\'", "'")))
             .map_err(|_| fault("has arguments that are not JSON"))?
     };
-    Ok(ToolCall { kind: "function".to_owned(), function: Function { name: name.to_owned(), arguments } })
+    Ok(ToolCall {
+        kind: "function".to_owned(),
+        function: Function { name: name.to_owned(), arguments },
+    })
 }
 
 #[cfg(test)]
@@ -141,13 +145,16 @@ mod tests {
 
     #[test]
     fn apostrophes_in_values_survive() {
-        let message = one("<functioncall> {\"name\": \"f\", \"arguments\": '{\"q\": \"it's O'Brien's\"}'} <|endoftext|>");
+        let message = one(
+            "<functioncall> {\"name\": \"f\", \"arguments\": '{\"q\": \"it's O'Brien's\"}'} <|endoftext|>",
+        );
         assert_eq!(message.tool_calls[0].function.arguments["q"], json!("it's O'Brien's"));
     }
 
     #[test]
     fn prose_several_calls_and_a_missing_end_mark() {
-        let call = |n: u32| format!("<functioncall> {{\"name\": \"f\", \"arguments\": '{{\"n\": {n}}}'}}");
+        let call =
+            |n: u32| format!("<functioncall> {{\"name\": \"f\", \"arguments\": '{{\"n\": {n}}}'}}");
         let message = one(&format!("Sure. {} {}", call(1), call(2)));
         assert_eq!(message.content, "Sure.");
         let numbers: Vec<_> =
@@ -167,15 +174,26 @@ mod tests {
 
     #[test]
     fn broken_call_is_named_and_no_panic() {
-        for text in ["<functioncall>", "<functioncall> {", "<functioncall> {\"name\": 1}", "<functioncall> {\"name\": \"f\", \"arguments\": '{\"a\": }'}"] {
+        for text in [
+            "<functioncall>",
+            "<functioncall> {",
+            "<functioncall> {\"name\": 1}",
+            "<functioncall> {\"name\": \"f\", \"arguments\": '{\"a\": }'}",
+        ] {
             assert!(assistant(text).is_err(), "{text}");
         }
     }
 
     #[test]
     fn two_tools_and_no_tools() {
-        assert!(tools("SYSTEM: You are a helpful assistant, with no access to external functions.").unwrap().is_empty());
-        let two = tools("SYSTEM: x -\n{\"name\": \"a\", \"parameters\": {}}\n\n{\"name\": \"b\"}\n").unwrap();
+        assert!(
+            tools("SYSTEM: You are a helpful assistant, with no access to external functions.")
+                .unwrap()
+                .is_empty()
+        );
+        let two =
+            tools("SYSTEM: x -\n{\"name\": \"a\", \"parameters\": {}}\n\n{\"name\": \"b\"}\n")
+                .unwrap();
         assert_eq!(two.iter().map(Tool::name).collect::<Vec<_>>(), ["a", "b"]);
     }
 }

@@ -122,10 +122,8 @@ impl StageKind for Subsample {
         let params: Params = parse_params(params)?;
         params.check()?;
         let value = serde_json::to_value(&params).map_err(|e| ParamError::at("", e.to_string()))?;
-        let mut outputs = vec![
-            OutputSpec::file("train", "train.jsonl"),
-            OutputSpec::file("test", "test.jsonl"),
-        ];
+        let mut outputs =
+            vec![OutputSpec::file("train", "train.jsonl"), OutputSpec::file("test", "test.jsonl")];
         if params.dev.is_some() {
             outputs.push(OutputSpec::file("dev", "dev.jsonl"));
         }

@@ -88,7 +88,8 @@ fn files(input: &Path, params: &Params) -> Result<Vec<(String, PathBuf)>, StageE
         return Ok(params.files.iter().map(|f| (f.clone(), input.join(f))).collect());
     }
     let entries = fs::read_dir(input).map_err(|e| StageError::io("list", input, &e))?;
-    let mut found: Vec<PathBuf> = entries.flatten().map(|e| e.path()).filter(|p| p.is_file()).collect();
+    let mut found: Vec<PathBuf> =
+        entries.flatten().map(|e| e.path()).filter(|p| p.is_file()).collect();
     found.sort();
     match found.as_slice() {
         [one] => {

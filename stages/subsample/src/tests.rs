@@ -52,10 +52,16 @@ fn splits_follow_the_order_of_datasets_and_malformed_rows_are_listed() {
         rows.into_iter().map(|r| r.id).collect()
     };
     assert_eq!(ids("train"), ["5", "6", "0", "7", "2"]);
-    assert_eq!((ids("test"), ids("dev")), (vec!["4".into(), "9".into()], vec!["1".into(), "8".into()]));
-    let stats: Value = serde_json::from_slice(&fs::read(&request.outputs["stats"]).unwrap()).unwrap();
+    assert_eq!(
+        (ids("test"), ids("dev")),
+        (vec!["4".into(), "9".into()], vec!["1".into(), "8".into()])
+    );
+    let stats: Value =
+        serde_json::from_slice(&fs::read(&request.outputs["stats"]).unwrap()).unwrap();
     assert_eq!(stats["dropped_rows"][0]["row"], json!(3));
-    assert!(stats["dropped_rows"][0]["reason"].as_str().unwrap().starts_with("rows.jsonl:4: column"));
+    assert!(
+        stats["dropped_rows"][0]["reason"].as_str().unwrap().starts_with("rows.jsonl:4: column")
+    );
     assert_eq!(outcome.warnings.len(), 1);
 }
 
@@ -104,7 +110,9 @@ fn glaive_sample_parses_to_its_sharegpt_twin() {
                     let calls: Vec<Value> = message
                         .tool_calls
                         .iter()
-                        .map(|c| json!({"name": c.function.name, "arguments": c.function.arguments}))
+                        .map(
+                            |c| json!({"name": c.function.name, "arguments": c.function.arguments}),
+                        )
                         .collect();
                     let expected = if expected.is_array() { expected } else { json!([expected]) };
                     assert_eq!(Value::Array(calls), expected, "row {i}");
@@ -119,7 +127,8 @@ fn glaive_sample_parses_to_its_sharegpt_twin() {
             "" => json!([]),
             text => serde_json::from_str(text).unwrap(),
         };
-        let parsed: Vec<Value> = row.tools.iter().map(|t| Value::Object(t.function.clone())).collect();
+        let parsed: Vec<Value> =
+            row.tools.iter().map(|t| Value::Object(t.function.clone())).collect();
         assert_eq!(Value::Array(parsed), tools, "row {i}");
     }
 }

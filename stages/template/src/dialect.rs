@@ -65,7 +65,10 @@ impl Dialect {
             ToolFormat::Hermes => true,
             ToolFormat::Native if native => false,
             ToolFormat::Native => {
-                return Err(format!("{} renders no tools; use `tool_format: hermes`", template.origin));
+                return Err(format!(
+                    "{} renders no tools; use `tool_format: hermes`",
+                    template.origin
+                ));
             }
         };
         let answer = json!({"role": "assistant", "content": "probe_answer"});

@@ -39,7 +39,8 @@ impl Jinja {
         environment.set_fuel(Some(FUEL));
         environment.set_undefined_behavior(UndefinedBehavior::Lenient);
         environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
-        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        environment
+            .set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.add_filter("tojson", tojson);
         environment.add_function("raise_exception", raise_exception);
         environment.add_function("strftime_now", strftime_now);
@@ -92,7 +93,8 @@ fn tojson(value: Value, options: Kwargs) -> Result<Value, Error> {
     // Accepted for Jinja's sake; text is never escaped to ASCII here, as in transformers.
     let _ = options.get::<Option<bool>>("ensure_ascii")?;
     options.assert_all_used()?;
-    let value = serde_json::to_value(&value).map_err(|e| Error::new(ErrorKind::BadSerialization, e.to_string()))?;
+    let value = serde_json::to_value(&value)
+        .map_err(|e| Error::new(ErrorKind::BadSerialization, e.to_string()))?;
     Ok(Value::from(dumps(&value, indent)))
 }
 

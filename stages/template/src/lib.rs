@@ -176,9 +176,11 @@ fn prompts(dialect: &Dialect, rows: &[Row], which: Turns) -> Result<Vec<Prompt>,
     let mut prompts = Vec::new();
     for row in rows {
         let turns = dialect.turns(&row.messages, &row.tools);
-        let decisions = row.messages.windows(2).enumerate().filter(|(_, pair)| {
-            pair[0].role == Role::User && pair[1].role == Role::Assistant
-        });
+        let decisions = row
+            .messages
+            .windows(2)
+            .enumerate()
+            .filter(|(_, pair)| pair[0].role == Role::User && pair[1].role == Role::Assistant);
         let limit = if which == Turns::First { 1 } else { usize::MAX };
         for (i, pair) in decisions.take(limit) {
             let text = turns.render(i + 1, true).map_err(in_row(&row.id))?;
@@ -207,10 +209,7 @@ fn expected(reply: &Message) -> Expected {
         let arguments = reply.accepted.get(i).cloned().unwrap_or_else(only);
         ExpectedCall { name: call.function.name.clone(), arguments }
     });
-    Expected {
-        calls: calls.collect(),
-        text: assistant_text(&reply.content, &reply.tool_calls),
-    }
+    Expected { calls: calls.collect(), text: assistant_text(&reply.content, &reply.tool_calls) }
 }
 
 fn manual(dialect: &Dialect, wanted: &[ManualPrompt]) -> Result<Vec<Prompt>, StageError> {

@@ -73,7 +73,9 @@ fn strict_template_gets_the_tools_in_the_first_user_turn() {
     let dialect = dialect(STRICT);
     assert_eq!((dialect.name(), dialect.end_mark()), ("hermes in the first user message", "<end>"));
     let text = render(&dialect, &row()).unwrap().text;
-    let start = format!("<bos><turn>user\nYou are a helpful assistant.{OFFER}\n\nHow large?<end>\n<turn>model\n<tool_call>");
+    let start = format!(
+        "<bos><turn>user\nYou are a helpful assistant.{OFFER}\n\nHow large?<end>\n<turn>model\n<tool_call>"
+    );
     assert!(text.starts_with(&start), "{text}");
 }
 
@@ -88,7 +90,10 @@ fn native_template_renders_tools_itself() {
 #[test]
 fn response_spans_are_what_the_model_says_with_its_end_mark() {
     for (source, first) in [
-        (CHATML, "<tool_call>\n{\"name\": \"area\", \"arguments\": {\"w\": 2, \"unit\": \"m²\"}}\n</tool_call><|im_end|>\n"),
+        (
+            CHATML,
+            "<tool_call>\n{\"name\": \"area\", \"arguments\": {\"w\": 2, \"unit\": \"m²\"}}\n</tool_call><|im_end|>\n",
+        ),
         (NATIVE, "CALL area {\"w\": 2, \"unit\": \"m²\"}[/]\n"),
     ] {
         let row = render(&dialect(source), &row()).unwrap();
@@ -117,14 +122,21 @@ fn template_errors_name_line_and_row() {
     let broken = Dialect::new(&template("a\n{% if %}"), ToolFormat::Auto, None).err().unwrap();
     assert!(broken.starts_with("chat template test.jinja:2: "), "{broken}");
     let raising = STRICT.replace("'model' if", "raise_exception('no assistants') if");
-    assert!(Dialect::new(&template(&raising), ToolFormat::Auto, None).err().unwrap().contains("no assistants"));
+    assert!(
+        Dialect::new(&template(&raising), ToolFormat::Auto, None)
+            .err()
+            .unwrap()
+            .contains("no assistants")
+    );
     let file = "{% include 'secret' %}";
     assert!(Dialect::new(&template(file), ToolFormat::Auto, None).is_err());
 }
 
 #[test]
 fn generation_tags_render_nothing() {
-    let tagged = CHATML.replace("{{'<|im_start|>'", "{%- generation -%}{{'<|im_start|>'").replace("{% endfor %}", "{% endgeneration %}{% endfor %}");
+    let tagged = CHATML
+        .replace("{{'<|im_start|>'", "{%- generation -%}{{'<|im_start|>'")
+        .replace("{% endfor %}", "{% endgeneration %}{% endfor %}");
     let plain = render(&dialect(CHATML), &row()).unwrap();
     assert_eq!(render(&dialect(&tagged), &row()).unwrap().text, plain.text);
 }

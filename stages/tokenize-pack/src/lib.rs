@@ -148,8 +148,10 @@ impl StageKind for TokenizePack {
             let rows: Vec<RenderedRow> = read_jsonl(path)?;
             let (file, tally) = tokenize(&params, &tokenizer, &rows, reporter)?;
             if file.label_mask.iter().all(|m| *m == 0) {
-                return Err(StageError::input(format!("split `{split}` has no token to learn from"))
-                    .help("is `max_length` too small, or does `loss_on: response` find no response?"));
+                return Err(StageError::input(format!(
+                    "split `{split}` has no token to learn from"
+                ))
+                .help("is `max_length` too small, or does `loss_on: response` find no response?"));
             }
             file.write(request.output(split)?)?;
             if !tally.truncated.is_empty() {
@@ -208,7 +210,11 @@ fn tokenize(
     Ok((pack(&examples, params.pack, params.max_length, params.pack_batch), tally))
 }
 
-fn encode(params: &Params, tokenizer: &Tokenizer, row: &RenderedRow) -> Result<Example, StageError> {
+fn encode(
+    params: &Params,
+    tokenizer: &Tokenizer,
+    row: &RenderedRow,
+) -> Result<Example, StageError> {
     let encoded = tokenizer.encode(&row.text)?;
     let mut ids: Vec<i32> = encoded.ids.iter().map(|id| *id as i32).collect();
     // A token is the model's own where its first byte is.

@@ -109,7 +109,12 @@ mod tests {
     fn examples(lengths: &[usize]) -> Vec<Example> {
         let mut next = 0;
         let mut example = |n: usize| {
-            let ids = (0..n).map(|_| { next += 1; next }).collect();
+            let ids = (0..n)
+                .map(|_| {
+                    next += 1;
+                    next
+                })
+                .collect();
             Example { ids, targets: vec![1; n] }
         };
         lengths.iter().map(|n| example(*n)).collect()

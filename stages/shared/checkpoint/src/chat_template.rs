@@ -59,8 +59,11 @@ fn from_folder(dir: &Path) -> Result<ChatTemplate, CheckpointError> {
         ("chat_template.jinja", text, None)
     } else {
         let (source, tools) = of_config(config.get("chat_template")).ok_or_else(|| {
-            CheckpointError::content(dir, "no chat template: neither `chat_template.jinja` nor \
-                `chat_template` in `tokenizer_config.json`")
+            CheckpointError::content(
+                dir,
+                "no chat template: neither `chat_template.jinja` nor \
+                `chat_template` in `tokenizer_config.json`",
+            )
         })?;
         ("tokenizer_config.json", source, tools)
     };

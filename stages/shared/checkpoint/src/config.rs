@@ -83,9 +83,7 @@ impl ModelConfig {
     pub fn read(folder: &ModelFolder) -> Result<Self, CheckpointError> {
         let config = match folder {
             ModelFolder::Gguf { gguf, .. } => Self::from_gguf(gguf)?,
-            ModelFolder::Safetensors { dir, .. } => {
-                Self::from_json(&dir.join("config.json"))?
-            }
+            ModelFolder::Safetensors { dir, .. } => Self::from_json(&dir.join("config.json"))?,
         };
         config.check(folder.path())?;
         Ok(config)
@@ -137,9 +135,8 @@ impl ModelConfig {
 
     fn from_json(path: &Path) -> Result<Self, CheckpointError> {
         let text = std::fs::read(path).map_err(|e| CheckpointError::io(path, e))?;
-        let hub: HubConfig = serde_json::from_slice(&text).map_err(|e| {
-            CheckpointError::content(path, format!("line {}: {e}", e.line()))
-        })?;
+        let hub: HubConfig = serde_json::from_slice(&text)
+            .map_err(|e| CheckpointError::content(path, format!("line {}: {e}", e.line())))?;
         let refuse = |what: String| Err(CheckpointError::content(path, what));
         let family = match hub.model_type.as_str() {
             "llama" => Family::Llama,

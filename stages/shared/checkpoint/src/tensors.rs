@@ -66,7 +66,8 @@ impl<'a> Weights<'a> {
                     || CheckpointError::content(&self.path, format!("tensor `{name}` is missing"));
                 let shard = &shards[*of.get(name).ok_or_else(missing)?];
                 let fault = |message| CheckpointError::content(&shard.path, message);
-                let file = SafeTensors::deserialize(&shard.map).map_err(|e| fault(e.to_string()))?;
+                let file =
+                    SafeTensors::deserialize(&shard.map).map_err(|e| fault(e.to_string()))?;
                 let view = file.tensor(name).map_err(|e| fault(format!("{name}: {e}")))?;
                 if view.shape() != shape {
                     let found = view.shape();
@@ -90,9 +91,7 @@ impl<'a> Weights<'a> {
         let info = gguf.tensor(&stored).ok_or_else(missing)?;
         if !info.shape.iter().map(|s| *s as usize).eq(shape.iter().copied()) {
             let found = &info.shape;
-            return Err(fault(format!(
-                "GGUF tensor `{stored}` is {found:?}, expected {shape:?}"
-            )));
+            return Err(fault(format!("GGUF tensor `{stored}` is {found:?}, expected {shape:?}")));
         }
         let data = gguf.tensor_data(&stored)?;
         let values = decode_ggml(info.dtype, data, shape.iter().product()).ok_or_else(|| {

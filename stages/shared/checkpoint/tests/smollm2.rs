@@ -32,7 +32,8 @@ fn token_ids_of_the_fixture_are_equal_and_decode_to_the_text() {
     for case in expected["tokenisation"].as_array().unwrap() {
         let text = case["text"].as_str().unwrap();
         let encoded = tokenizer.encode(text).unwrap();
-        let ids: Vec<u64> = case["ids"].as_array().unwrap().iter().map(|i| i.as_u64().unwrap()).collect();
+        let ids: Vec<u64> =
+            case["ids"].as_array().unwrap().iter().map(|i| i.as_u64().unwrap()).collect();
         assert_eq!(encoded.ids.iter().map(|i| u64::from(*i)).collect::<Vec<_>>(), ids, "{text:?}");
         assert_eq!(tokenizer.decode(&encoded.ids).unwrap(), text);
     }
@@ -44,12 +45,17 @@ fn chat_template_and_its_marks_come_from_the_file() {
     let Some(folder) = folder() else { return };
     let template = folder.chat_template().unwrap();
     assert!(template.source.contains("<|im_start|>"));
-    assert_eq!((template.bos_token.as_str(), template.eos_token.as_str()), ("<|im_start|>", "<|im_end|>"));
+    assert_eq!(
+        (template.bos_token.as_str(), template.eos_token.as_str()),
+        ("<|im_start|>", "<|im_end|>")
+    );
 }
 
 #[test]
 fn endless_blanks_are_refused() {
     let Some(folder) = folder() else { return };
     let text = " ".repeat(200_000);
-    assert!(folder.tokenizer().unwrap().encode(&text).unwrap_err().to_string().contains("white space"));
+    assert!(
+        folder.tokenizer().unwrap().encode(&text).unwrap_err().to_string().contains("white space")
+    );
 }

@@ -94,8 +94,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let first = Checkpoints { own: dir.path().join("a"), earlier: vec![] };
         first.save(1, b"one").unwrap();
-        let second =
-            Checkpoints { own: dir.path().join("b"), earlier: vec![dir.path().join("a")] };
+        let second = Checkpoints { own: dir.path().join("b"), earlier: vec![dir.path().join("a")] };
         assert_eq!(second.latest().unwrap(), (1, b"one".to_vec()));
         second.save(2, b"two").unwrap();
         let (_, path) = listed(&dir.path().join("b")).remove(0);

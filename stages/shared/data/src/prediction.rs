@@ -8,6 +8,7 @@ use serde_json::{Map, Value};
 /// The model's answer to one prompt, scored. One line of `predictions.jsonl`, in prompt order.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
+#[expect(clippy::struct_excessive_bools, reason = "a flat line of JSON for other tools")]
 pub struct Prediction {
     /// [`crate::Prompt::id`].
     pub id: String,

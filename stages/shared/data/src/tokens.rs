@@ -104,7 +104,10 @@ impl TokenFile {
         };
         let ints = |name: &str| -> Result<Vec<i32>, TokenFileError> {
             let bytes = tensor(name, Dtype::I32)?;
-            Ok(bytes.chunks_exact(4).map(|b| i32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect())
+            Ok(bytes
+                .chunks_exact(4)
+                .map(|b| i32::from_le_bytes([b[0], b[1], b[2], b[3]]))
+                .collect())
         };
         let read = Self {
             tokens: ints("tokens")?,

@@ -180,14 +180,7 @@ fn tasks(cu_seqlens: &[i32], heads: usize) -> Vec<(usize, usize, usize)> {
 }
 
 /// Unscaled scores of `rows` queries against `width` keys.
-fn scores(
-    shape: Shape,
-    rows: usize,
-    width: usize,
-    queries: &[f32],
-    keys: &[f32],
-    out: &mut [f32],
-) {
+fn scores(shape: Shape, rows: usize, width: usize, queries: &[f32], keys: &[f32], out: &mut [f32]) {
     let q = View::rows(queries, shape.q_width());
     let k = View::transposed(keys, shape.kv_width());
     gemm_serial(rows, width, shape.head_dim, q, k, out, width, Into::Overwrite);
@@ -318,7 +311,14 @@ pub fn decode(shape: Shape, q: &[f32], cache: &KvCache, out: &mut [f32]) {
         let kv = head / shape.group();
         let keys = &cache.keys[kv * d * cache.capacity..][..d * cache.capacity];
         let values = &cache.values[kv * d * cache.capacity..][..cache.len * d];
-        decode_head(&q[head * d..][..d], keys, values, shape.scale, &mut p, &mut out[head * d..][..d]);
+        decode_head(
+            &q[head * d..][..d],
+            keys,
+            values,
+            shape.scale,
+            &mut p,
+            &mut out[head * d..][..d],
+        );
     }
 }
 
@@ -373,7 +373,9 @@ mod tests {
                         .clone()
                         .map(|j| {
                             let dot: f64 = (0..d)
-                                .map(|c| f64::from(q[i * SHAPE.q_width() + h * d + c]) * at(k, j, c))
+                                .map(|c| {
+                                    f64::from(q[i * SHAPE.q_width() + h * d + c]) * at(k, j, c)
+                                })
                                 .sum();
                             (dot * f64::from(SHAPE.scale)).exp()
                         })

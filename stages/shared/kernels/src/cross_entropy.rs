@@ -83,8 +83,7 @@ mod tests {
         let head: Vec<f32> = (0..vocabulary * width).map(|i| number(i, 2)).collect();
         let targets: Vec<u32> = (0..rows).map(|i| (i * 7 % vocabulary) as u32).collect();
         let mut dhidden = vec![0.0; hidden.len()];
-        let sum =
-            linear_cross_entropy(&hidden, &head, width, &targets, Some((0.5, &mut dhidden)));
+        let sum = linear_cross_entropy(&hidden, &head, width, &targets, Some((0.5, &mut dhidden)));
         let plain = linear_cross_entropy(&hidden, &head, width, &targets, None);
         assert_eq!(sum.to_bits(), plain.to_bits());
         let mut expected = 0.0;

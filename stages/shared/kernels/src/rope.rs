@@ -44,9 +44,11 @@ impl RopeTable {
         }
         let width = x.len() / positions.len();
         let rows = 32;
-        x.par_chunks_mut(rows * width).zip(positions.par_chunks(rows)).for_each(|(x, positions)| {
-            turn(x, positions, &self.values, self.half, if inverse { -1.0 } else { 1.0 });
-        });
+        x.par_chunks_mut(rows * width).zip(positions.par_chunks(rows)).for_each(
+            |(x, positions)| {
+                turn(x, positions, &self.values, self.half, if inverse { -1.0 } else { 1.0 });
+            },
+        );
     }
 }
 

@@ -88,9 +88,7 @@ impl Model {
         Ok(Self {
             embed_tokens: matrix("model.embed_tokens.weight", [vocabulary, hidden])?,
             norm: vector("model.norm.weight", hidden)?,
-            lm_head: head
-                .then(|| matrix("lm_head.weight", [vocabulary, hidden]))
-                .transpose()?,
+            lm_head: head.then(|| matrix("lm_head.weight", [vocabulary, hidden])).transpose()?,
             layers,
             config,
             packed: OnceLock::new(),
@@ -106,10 +104,8 @@ impl Model {
     /// Bytes of the weights in memory.
     pub fn weight_bytes(&self) -> u64 {
         let c = &self.config;
-        let linear: usize = (0..crate::PROJECTIONS.len())
-            .map(|p| projection_shape(c, p))
-            .map(|(i, o)| i * o)
-            .sum();
+        let linear: usize =
+            (0..crate::PROJECTIONS.len()).map(|p| projection_shape(c, p)).map(|(i, o)| i * o).sum();
         let heads = 1 + usize::from(self.lm_head.is_some());
         let count = heads * c.vocab_size * c.hidden_size + c.num_hidden_layers * linear;
         (count * size_of::<f32>()) as u64

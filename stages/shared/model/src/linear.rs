@@ -133,7 +133,16 @@ impl<'a> Branch<'a> {
         let dropped = self.dropped(x);
         let source = View::rows(dropped.as_deref().unwrap_or(x), inputs);
         let da = &mut grad[self.a_range()];
-        gemm(width, inputs, rows, View::transposed(du, width), source, da, inputs, Into::Accumulate);
+        gemm(
+            width,
+            inputs,
+            rows,
+            View::transposed(du, width),
+            source,
+            da,
+            inputs,
+            Into::Accumulate,
+        );
         let Some(dx) = dx else { return };
         let a = View::rows(&self.adapter.values[self.a_range()], inputs);
         let du = View::rows(du, width);

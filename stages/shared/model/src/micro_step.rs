@@ -197,7 +197,8 @@ impl Model {
                 ));
             }
         }
-        if let Some(token) = batch.tokens.iter().find(|t| !(0..vocabulary).contains(&i64::from(**t)))
+        if let Some(token) =
+            batch.tokens.iter().find(|t| !(0..vocabulary).contains(&i64::from(**t)))
         {
             return input(format!("token id {token} is outside the vocabulary of {vocabulary}"));
         }

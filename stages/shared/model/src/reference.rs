@@ -99,7 +99,10 @@ impl<'a> Twin<'a> {
         };
         let half = c.head_dim / 2;
         let table = |f: fn(f32) -> f32| -> Vec<f32> {
-            (0..n).flat_map(|i| (0..c.head_dim).map(move |j| (i, j % half))).map(|(i, j)| f(angle(i, j))).collect()
+            (0..n)
+                .flat_map(|i| (0..c.head_dim).map(move |j| (i, j % half)))
+                .map(|(i, j)| f(angle(i, j)))
+                .collect()
         };
         let hidden = |i: usize, j: usize| segment[i].0 != segment[j].0 || j > i;
         let mask: Vec<f32> = (0..n * n)
@@ -138,8 +141,10 @@ impl<'a> Twin<'a> {
     fn layer(&self, index: usize, layer: &Layer, x: Tensor<2>) -> Tensor<2> {
         let c = self.model.config();
         let h = self.norm(x.clone(), &layer.input_layernorm);
-        let q = self.rotate(self.heads(self.linear(index, layer, 0, h.clone()), c.num_attention_heads));
-        let k = self.rotate(self.heads(self.linear(index, layer, 1, h.clone()), c.num_key_value_heads));
+        let q =
+            self.rotate(self.heads(self.linear(index, layer, 0, h.clone()), c.num_attention_heads));
+        let k =
+            self.rotate(self.heads(self.linear(index, layer, 1, h.clone()), c.num_key_value_heads));
         let v = self.heads(self.linear(index, layer, 2, h), c.num_key_value_heads);
         let group = c.num_attention_heads / c.num_key_value_heads;
         let (k, v) = (repeat_heads(k, group), repeat_heads(v, group));
@@ -162,9 +167,10 @@ impl<'a> Twin<'a> {
             y = y + self.frozen(bias).unsqueeze::<2>();
         }
         let name = PROJECTIONS[projection];
-        let adapted = self.factors.iter().find(|(f, _, _)| {
-            f.layer == index && f.name.rsplit('.').next() == Some(name)
-        });
+        let adapted = self
+            .factors
+            .iter()
+            .find(|(f, _, _)| f.layer == index && f.name.rsplit('.').next() == Some(name));
         if let Some((_, a, b)) = adapted {
             let low = x.matmul(a.clone().transpose());
             y = y + low.matmul(b.clone().transpose()) * self.scale;

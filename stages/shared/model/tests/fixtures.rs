@@ -34,7 +34,13 @@ impl Expected {
         let size = view.data().len() / view.shape().iter().product::<usize>();
         view.data()
             .chunks_exact(size)
-            .map(|b| if size == 8 { i64::from_le_bytes(b.try_into().unwrap()) as i32 } else { i32::from_le_bytes(b.try_into().unwrap()) })
+            .map(|b| {
+                if size == 8 {
+                    i64::from_le_bytes(b.try_into().unwrap()) as i32
+                } else {
+                    i32::from_le_bytes(b.try_into().unwrap())
+                }
+            })
             .collect()
     }
 }
@@ -78,7 +84,7 @@ fn hand_written_gradients_equal_burns_autodiff() {
         let folder = fixtures().join(format!("tiny-models/{family}/adapter"));
         let adapter = Adapter::load_peft(&folder, &model).unwrap();
         let (cu, targets) = packed(&expected);
-        
+
         let ids = expected.ints("input_ids")[..targets.len()].to_vec();
         let batch = MicroBatch { tokens: &ids, cu_seqlens: &cu, targets: &targets };
         let mut grad = vec![0.0; adapter.values.len()];
@@ -88,8 +94,11 @@ fn hand_written_gradients_equal_burns_autodiff() {
         for factor in &adapter.factors {
             for range in [&factor.a, &factor.b] {
                 let norm = |x: &[f32]| x.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt();
-                let difference: Vec<f32> =
-                    grad[range.clone()].iter().zip(&twin[range.clone()]).map(|(a, b)| a - b).collect();
+                let difference: Vec<f32> = grad[range.clone()]
+                    .iter()
+                    .zip(&twin[range.clone()])
+                    .map(|(a, b)| a - b)
+                    .collect();
                 let off = norm(&difference) / norm(&twin[range.clone()]);
                 assert!(off < 1e-4, "{family} {}: {off}", factor.name);
             }

@@ -20,7 +20,11 @@ fn setup() -> Option<(Model, Vec<u8>, serde_json::Value)> {
     let folder = fixtures.join("smollm2-135m-instruct");
     let expected = std::fs::read(folder.join("expected.safetensors")).unwrap();
     let text = std::fs::read(folder.join("expected.json")).unwrap();
-    Some((Model::load(&PathBuf::from(path)).unwrap(), expected, serde_json::from_slice(&text).unwrap()))
+    Some((
+        Model::load(&PathBuf::from(path)).unwrap(),
+        expected,
+        serde_json::from_slice(&text).unwrap(),
+    ))
 }
 
 fn ints(file: &SafeTensors<'_>, name: &str) -> Vec<i32> {
@@ -55,19 +59,14 @@ fn fixture_smollm2_logits_and_greedy_text_equal_transformers() {
     // All prompts in one ragged batch, and one at a time: the same tokens.
     for batch_size in [count, 1] {
         for (i, prompt) in prompts.iter().enumerate() {
-            let wanted: Vec<u32> = ints(&file, &format!("{i}.greedy_ids"))
-                .into_iter()
-                .map(|t| t as u32)
-                .collect();
+            let wanted: Vec<u32> =
+                ints(&file, &format!("{i}.greedy_ids")).into_iter().map(|t| t as u32).collect();
             let wanted: Vec<u32> = match wanted.strip_prefix(&prompt[..]) {
                 Some(rest) => rest.to_vec(),
                 None => wanted,
             };
-            let options = GenerateOptions {
-                max_new_tokens: wanted.len(),
-                end_tokens: vec![2],
-                batch_size,
-            };
+            let options =
+                GenerateOptions { max_new_tokens: wanted.len(), end_tokens: vec![2], batch_size };
             let mut got = Vec::new();
             model
                 .generate(None, &prompts, &options, &mut |g| {

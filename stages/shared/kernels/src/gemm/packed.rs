@@ -51,14 +51,7 @@ impl PackedMatrix {
 ///
 /// # Panics
 /// Where a matrix exceeds its slice.
-pub fn gemm_packed(
-    m: usize,
-    a: View<'_>,
-    b: &PackedMatrix,
-    c: &mut [f32],
-    ldc: usize,
-    into: Into,
-) {
+pub fn gemm_packed(m: usize, a: View<'_>, b: &PackedMatrix, c: &mut [f32], ldc: usize, into: Into) {
     if m == 0 || b.n == 0 {
         return;
     }
