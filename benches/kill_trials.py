@@ -1,0 +1,81 @@
+"""Kills `pipe run`, or one of its stage processes, at random moments of a short quickstart, runs again, and compares
+every artifact with an undisturbed run.
+
+    python3 benches/kill_trials.py PATH_OF_PIPE [trials]
+"""
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+pipe, trials = sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 20
+root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+SHORT = ["--set", "max_steps=4", "--set", "train.checkpoint_steps=1", "--set", "baseline-eval.limit=4",
+         "--set", "tuned-eval.limit=4", "--set", "baseline-eval.max_new_tokens=16", "--set", "tuned-eval.max_new_tokens=16"]
+
+
+def call(cache, *args):
+    return [pipe, "-f", f"{root}/pipelines/quickstart.yaml", "--cache", cache, *args, *SHORT]
+
+
+def digests(cache):
+    plan = json.loads(subprocess.run(call(cache, "plan", "--json"), check=True, text=True, capture_output=True).stdout)
+    return {f"{s['stage']}.{name}": output["digest"]
+            for s in plan["stages"] for name, output in s["record"]["outputs"].items() if output["class"] == "artifact"}
+
+
+def processes():
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            line = open(f"/proc/{pid}/cmdline").read()
+            parent = int(open(f"/proc/{pid}/stat").read().rsplit(")", 1)[1].split()[1])
+        except OSError:
+            continue
+        if "__stage" in line:
+            found.append((int(pid), parent))
+    return found
+
+
+def run(cache, **kwargs):
+    return subprocess.Popen(call(cache, "run"), stderr=subprocess.PIPE, text=True, **kwargs)
+
+
+with tempfile.TemporaryDirectory() as folder:
+    whole = f"{folder}/whole"
+    start = time.time()
+    assert run(whole).wait() == 0
+    expected, length = digests(whole), time.time() - start
+    print(f"undisturbed: {length:.0f} s, {len(expected)} artifacts")
+    start = time.time()
+    subprocess.run(call(f"{folder}/seed", "run", "model", "dataset"), check=True, stderr=subprocess.DEVNULL)
+    rng = random.Random(1)
+    resumed = 0
+    for trial in range(trials):
+        cache = f"{folder}/trial-{trial}"
+        subprocess.run(["cp", "-a", f"{folder}/seed", cache], check=True)
+        child = trial % 2 == 1
+        process = run(cache)
+        time.sleep(rng.uniform(0.2, length * 0.9))
+        victims = [pid for pid, parent in processes() if parent == process.pid] if child else [process.pid]
+        for victim in victims:
+            os.kill(victim, signal.SIGKILL)
+        process.communicate()
+        deadline = time.time() + 5
+        while processes() and time.time() < deadline:
+            time.sleep(0.05)
+        assert not processes(), f"trial {trial}: a process survived"
+        again = run(cache)
+        text = again.communicate()[1]
+        assert again.returncode == 0, text
+        assert digests(cache) == expected, f"trial {trial}: other artifacts"
+        plan = subprocess.run(call(cache, "plan", "--json"), check=True, text=True, capture_output=True).stdout
+        train = next(s for s in json.loads(plan)["stages"] if s["stage"] == "train")
+        resumed += bool(train["record"]["telemetry"].get("resumed_from_step"))
+        print(f"trial {trial}: {'child' if child else 'parent'} killed, {text.strip().splitlines()[-1]}", flush=True)
+        subprocess.run(["rm", "-rf", cache], check=True)
+    print(f"{trials} trials: the same artifacts every time, no process left, training resumed {resumed} times")
