@@ -201,7 +201,12 @@ impl fmt::Display for Reason {
             Self::Version { old, new } => write!(f, "version of the stage kind: {old} -> {new}"),
             Self::Kind { old, new } => write!(f, "kind: {old} -> {new}"),
             Self::Env { name, old, new } => {
-                write!(f, "environment {name}: {} -> {}", or(old.as_ref(), "(unset)"), or(new.as_ref(), "(unset)"))
+                write!(
+                    f,
+                    "environment {name}: {} -> {}",
+                    or(old.as_ref(), "(unset)"),
+                    or(new.as_ref(), "(unset)")
+                )
             }
             Self::Source { old, new } => {
                 write!(f, "pinned source: {} -> {}", shown(old.as_ref()), shown(new.as_ref()))

@@ -173,8 +173,10 @@ fn loss(content: &Content, blocks: &mut Vec<Block>) {
     let every = (train.len() / 10).max(1);
     let rows = train.iter().enumerate().filter(|(i, _)| i % every == 0 || *i + 1 == train.len());
     let rows = rows.map(|(_, (step, loss))| {
-        let eval =
-            eval.iter().find(|(s, _)| (s - step).abs() < 0.5).map_or(String::new(), |(_, l)| format!("{l:.4}"));
+        let eval = eval
+            .iter()
+            .find(|(s, _)| (s - step).abs() < 0.5)
+            .map_or(String::new(), |(_, l)| format!("{l:.4}"));
         vec![step.to_string(), format!("{loss:.4}"), eval]
     });
     blocks.push(Block::table(&["step", "loss", "evaluation loss"], rows.collect(), true));
