@@ -14,7 +14,8 @@ import time
 
 pipe, trials = sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 20
 root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-SHORT = ["--set", "max_steps=4", "--set", "train.checkpoint_steps=1", "--set", "baseline-eval.limit=4",
+SHORT = ["--set", "max_steps=6", "--set", "train.checkpoint_steps=1",
+         "--set", "train.batch_size=1", "--set", "train.gradient_accumulation=1", "--set", "baseline-eval.limit=4",
          "--set", "tuned-eval.limit=4", "--set", "baseline-eval.max_new_tokens=16", "--set", "tuned-eval.max_new_tokens=16"]
 
 

@@ -147,16 +147,8 @@ impl Planner<'_> {
         lock: &Lockfile,
     ) -> Result<PlannedStage, PlanError> {
         let kind = stage.kind.clone();
-        let needed: Vec<&str> =
-            if stage.signature.reads_records { Vec::new() } else { stage.needs().collect() };
-        let transitive = self.upstream(stage);
-        let needed = if needed.is_empty() {
-            transitive.iter().map(String::as_str).collect()
-        } else {
-            needed
-        };
-        let waits_for: Vec<String> =
-            needed.iter().filter(|n| !known.contains_key(**n)).map(|n| (*n).to_owned()).collect();
+        let mut waits_for = self.needed(stage);
+        waits_for.retain(|n| !known.contains_key(n));
         if !waits_for.is_empty() {
             self.local_inputs(stage)?;
             let reasons = self.known_reasons(stage, known, lock)?;
@@ -189,6 +181,15 @@ impl Planner<'_> {
         let mut names = self.graph.with_upstream(std::slice::from_ref(&stage.name));
         names.retain(|n| *n != stage.name);
         names
+    }
+
+    /// Stages whose records must be known before `stage` can be decided on.
+    pub fn needed(&self, stage: &Stage) -> Vec<String> {
+        if stage.signature.reads_records {
+            self.upstream(stage)
+        } else {
+            stage.needs().map(str::to_owned).collect()
+        }
     }
 
     /// Decides on a stage whose upstream records are all known.

@@ -9,7 +9,7 @@ mod slots;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
 use contract::{Progress, StageError};
@@ -103,7 +103,7 @@ pub fn run(
         killed: false,
     };
     let result = std::thread::scope(|scope| {
-        let result = run.drive(lock, &sender, &receiver, &|job| {
+        let result = run.drive(lock, &receiver, &|job| {
             let sender = sender.clone();
             let interrupts = Arc::clone(&options.interrupts);
             scope.spawn(move || {
@@ -152,7 +152,6 @@ impl<'a> Run<'a> {
     fn drive(
         &mut self,
         lock: &mut Lockfile,
-        _sender: &Sender<Message>,
         receiver: &Receiver<Message>,
         spawn: &dyn Fn(Job<'a>),
     ) -> Result<(), RunError> {
@@ -194,7 +193,7 @@ impl<'a> Run<'a> {
     ) -> Result<bool, RunError> {
         let pipeline = self.planner.pipeline;
         let Some(stage) = pipeline.stage(name) else { return Ok(true) };
-        let upstream = self.needed(stage);
+        let upstream = self.planner.needed(stage);
         if let Some(cause) = upstream.iter().find_map(|n| self.stopped.get(n)).cloned() {
             self.skip(name, cause);
             return Ok(true);
@@ -250,17 +249,6 @@ impl<'a> Run<'a> {
             forced,
         });
         Ok(true)
-    }
-
-    /// Stages whose records must be known first.
-    fn needed(&self, stage: &Stage) -> Vec<String> {
-        if stage.signature.reads_records {
-            let mut all = self.planner.graph.with_upstream(std::slice::from_ref(&stage.name));
-            all.retain(|n| *n != stage.name);
-            all
-        } else {
-            stage.needs().map(str::to_owned).collect()
-        }
     }
 
     fn reuse(&mut self, stage: &Stage, record: Arc<Record>) {

@@ -4,7 +4,7 @@
 //! Sources: numpy 2.4 `_generator.pyx` (`_shuffle_raw`), `distributions.c` (`random_interval`),
 //! `pcg64.h`, `bit_generator.pyx` (`SeedSequence`).
 
-const MULTIPLIER: u128 = (2_549_297_995_355_413_924 << 64) | 4_865_540_595_714_422_341;
+const MULTIPLIER: u128 = 0x2360_ed05_1fc6_5da4_4385_df64_9fcc_f645;
 
 /// PCG64 XSL-RR with the 32-bit buffer of numpy's bit generator.
 struct Pcg64 {
@@ -49,7 +49,7 @@ impl Pcg64 {
     fn interval(&mut self, max: u64) -> u64 {
         let mask = u64::MAX >> max.max(1).leading_zeros();
         loop {
-            let draw = if max <= u64::from(u32::MAX) {
+            let draw = if u32::try_from(max).is_ok() {
                 u64::from(self.next_u32()) & mask
             } else {
                 self.next_u64() & mask

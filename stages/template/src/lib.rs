@@ -140,7 +140,7 @@ impl StageKind for Template {
     }
 }
 
-fn in_row<'a>(id: &'a str) -> impl Fn(String) -> StageError + 'a {
+fn in_row(id: &str) -> impl Fn(String) -> StageError + '_ {
     move |fault| {
         StageError::input(format!("row `{id}`: {fault}"))
             .help("if the template cannot take such rows, try `tool_format: hermes`")
@@ -196,7 +196,7 @@ fn prompts(dialect: &Dialect, rows: &[Row], which: Turns) -> Result<Vec<Prompt>,
             });
         }
     }
-    prompts.sort_by(|a, b| (a.index, a.turn).cmp(&(b.index, b.turn)));
+    prompts.sort_by_key(|p| (p.index, p.turn));
     Ok(prompts)
 }
 

@@ -78,19 +78,16 @@ fn best_fit_decreasing(lengths: &[usize], capacity: usize) -> Vec<Vec<usize>> {
     for i in order {
         let length = lengths[i];
         let fit = by_room.range(length.max(1)..).next().map(|(room, _)| *room);
-        let (bin, room) = match fit {
-            Some(room) => {
-                let queue = by_room.entry(room).or_default();
-                let bin = queue.pop_front().unwrap_or_default();
-                if queue.is_empty() {
-                    by_room.remove(&room);
-                }
-                (bin, room - length)
+        let (bin, room) = if let Some(room) = fit {
+            let queue = by_room.entry(room).or_default();
+            let bin = queue.pop_front().unwrap_or_default();
+            if queue.is_empty() {
+                by_room.remove(&room);
             }
-            None => {
-                bins.push(Vec::new());
-                (bins.len() - 1, capacity.saturating_sub(length))
-            }
+            (bin, room - length)
+        } else {
+            bins.push(Vec::new());
+            (bins.len() - 1, capacity.saturating_sub(length))
         };
         bins[bin].push(i);
         if room > 0 {

@@ -476,10 +476,10 @@ impl<'a> Cursor<'a> {
             Some(_) => return Err(self.fault(self.at, "`general.alignment` is not a power of two")),
         };
         let base = (self.at as u64).next_multiple_of(alignment);
-        let mut seen = BTreeMap::new();
+        let mut seen = std::collections::BTreeSet::new();
         for (tensor, start) in tensors.iter_mut().zip(starts) {
             let name = &tensor.name;
-            if seen.insert(name.clone(), ()).is_some() {
+            if !seen.insert(name.clone()) {
                 return Err(self.fault(start, format!("tensor `{name}` is listed twice")));
             }
             if !tensor.offset.is_multiple_of(alignment) {
@@ -554,7 +554,9 @@ mod tests {
         for (name, ne, kind, offset) in [("a", [3_u64, 2], 0_u32, 0_u64), ("b", [32, 1], 8, 32)] {
             string(&mut out, name);
             out.extend(2_u32.to_le_bytes());
-            ne.iter().for_each(|d| out.extend(d.to_le_bytes()));
+            for d in ne {
+                out.extend(d.to_le_bytes());
+            }
             out.extend(kind.to_le_bytes());
             out.extend(offset.to_le_bytes());
         }

@@ -270,8 +270,8 @@ mod tests {
         block.extend(f16::from_f32(-1.0).to_le_bytes());
         block.extend([0x21u8; 16]);
         let values = decode_ggml(GgmlType::Q4_1, &block, 32).unwrap();
-        assert!(values[..16].iter().all(|v| *v == -0.5));
-        assert!(values[16..].iter().all(|v| *v == 0.0));
+        assert_eq!(values[..16], [-0.5; 16]);
+        assert_eq!(values[16..], [0.0; 16]);
         assert!(decode_ggml(GgmlType::Q4_1, &block[..19], 32).is_none());
     }
 

@@ -1,7 +1,7 @@
 //! The tokenizer built from a real GGUF file, against ids that transformers made.
 //! `PIPE_SMOLLM2` names the file; without it these tests are skipped, saying so.
 
-#![allow(clippy::unwrap_used, reason = "tests")]
+#![allow(clippy::unwrap_used, clippy::print_stderr, reason = "tests")]
 
 use std::path::PathBuf;
 

@@ -92,7 +92,7 @@ impl Model {
             while rows.len() < options.batch_size.max(1) && !waiting.is_empty() {
                 let free = options.batch_size.max(1) - rows.len();
                 let batch = take_prefill(&mut waiting, prompts, free);
-                rows.extend(self.prefill(adapter, &pinned, prompts, &batch, options)?);
+                rows.extend(self.prefill(adapter, &pinned, prompts, &batch, options));
                 if !retire(&mut rows, options, done) {
                     return Ok(());
                 }
@@ -139,7 +139,7 @@ impl Model {
         prompts: &[Vec<u32>],
         batch: &[usize],
         options: &GenerateOptions,
-    ) -> Result<Vec<Row>, ModelError> {
+    ) -> Vec<Row> {
         let mut tokens: Vec<i32> = Vec::new();
         let mut cu = vec![0i32];
         for &prompt in batch {
@@ -163,14 +163,13 @@ impl Model {
         let last = embed(&out, hidden, cu[1..].iter().map(|end| *end as usize - 1));
         let logits = self.head_logits(pinned, &last);
         let rows = batch.iter().zip(caches).zip(logits.chunks_exact(self.config.vocab_size));
-        Ok(rows
-            .map(|((&prompt, caches), logits)| Row {
-                prompt,
-                caches,
-                tokens: vec![elementwise::argmax(logits) as u32],
-                position: prompts[prompt].len() as u32,
-            })
-            .collect())
+        rows.map(|((&prompt, caches), logits)| Row {
+            prompt,
+            caches,
+            tokens: vec![elementwise::argmax(logits) as u32],
+            position: prompts[prompt].len() as u32,
+        })
+        .collect()
     }
 }
 
