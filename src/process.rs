@@ -25,7 +25,8 @@ use crate::pipeline::Stage;
 /// Hidden subcommand that a stage process is started with.
 pub const SUBCOMMAND: &str = "__stage";
 
-/// What a stage process leaves in `result.json`.
+/// The last line of a stage process on its event descriptor. Not a file, so that a full disk can be
+/// reported too.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Answer {
@@ -105,23 +106,22 @@ impl StageProcess {
     pub fn wait(
         mut self,
         request: &Request,
-        result_path: &Path,
         mut sink: impl FnMut(Progress),
     ) -> Result<Outcome, StageError> {
+        let mut answer = None;
         if let Some(events) = self.child.stdout.take() {
             for line in BufReader::new(events).lines() {
                 let Ok(line) = line else { break };
                 match serde_json::from_str(&line) {
                     Ok(progress) => sink(progress),
-                    Err(_) => sink(Progress::Log { message: line }),
+                    Err(_) => answer = serde_json::from_str::<Answer>(&line).ok(),
                 }
             }
         }
         let status = self.child.wait().map_err(StageError::internal)?;
         // Whatever the stage started and left behind.
         self.stopper().kill();
-        let answer = std::fs::read(result_path).ok();
-        match answer.and_then(|text| serde_json::from_slice::<Answer>(&text).ok()) {
+        match answer {
             Some(Answer::Done(outcome)) if status.success() => Ok(outcome),
             Some(Answer::Failed(error)) => Err(error),
             _ => Err(ended(request, status)),

@@ -13,9 +13,10 @@ use super::Answer;
 use crate::pipeline::Kinds;
 
 /// Runs the stage that `request_path` describes, as the hidden subcommand [`super::SUBCOMMAND`].
-/// The answer goes to `result.json` beside the request.
+/// The answer is the last line on the event descriptor.
 pub fn stage_main(kinds: Kinds<'_>, request_path: &Path) -> ExitCode {
-    let events = match take_descriptors() {
+    let descriptors = take_descriptors().map_err(std::io::Error::from);
+    let (events, mut last) = match descriptors.and_then(|e| Ok((e.try_clone()?, e))) {
         Ok(events) => events,
         Err(error) => {
             tracing::error!(%error, "no descriptors");
@@ -26,10 +27,9 @@ pub fn stage_main(kinds: Kinds<'_>, request_path: &Path) -> ExitCode {
         Ok(outcome) => Answer::Done(outcome),
         Err(error) => Answer::Failed(error),
     };
-    let path = request_path.with_file_name("result.json");
-    let text = serde_json::to_vec(&answer).unwrap_or_default();
-    let written = File::create(&path).and_then(|mut f| f.write_all(&text));
-    if written.is_ok() && matches!(answer, Answer::Done(_)) {
+    let mut line = serde_json::to_vec(&answer).unwrap_or_default();
+    line.push(b'\n');
+    if last.write_all(&line).is_ok() && matches!(answer, Answer::Done(_)) {
         ExitCode::SUCCESS
     } else {
         ExitCode::FAILURE

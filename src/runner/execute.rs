@@ -163,7 +163,7 @@ fn attempt(
     let name = &job.stage.name;
     let _ = sender.send(Message::Started { stage: name.clone(), stopper: process.stopper() });
     let mut log = fs::File::options().append(true).open(&job.log).ok();
-    let outcome = process.wait(&request, &work.path().join("result.json"), |progress| {
+    let outcome = process.wait(&request, |progress| {
         if let (Progress::Log { message } | Progress::Warning { message }, Some(log)) =
             (&progress, &mut log)
         {

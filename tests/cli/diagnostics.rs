@@ -23,8 +23,14 @@ fn every_invalid_pipeline_is_reported_with_place_and_advice() {
         let ran = space.pipe(&["plan"]).code(3);
         assert!(ran.err.contains("pipeline.yaml:"), "{}: {}", file.display(), ran.err);
         assert!(!space.cache().exists(), "a wrong pipeline must write nothing");
+        // Which kinds there are depends on what was built.
+        let shown = |line: &str| match line.split_once("help: kinds:") {
+            Some((before, _)) => format!("{before}help: kinds: …"),
+            None => line.to_owned(),
+        };
+        let report: Vec<String> = ran.err.lines().map(shown).collect();
         let name = file.file_stem().unwrap().to_str().unwrap();
-        insta::assert_snapshot!(name, ran.err);
+        insta::assert_snapshot!(name, report.join("\n"));
     }
 }
 
