@@ -9,7 +9,7 @@ use serde_json::Value as Json;
 use crate::python_json::dumps;
 
 /// Instructions that one rendering may take; a long conversation takes thousands.
-const FUEL: u64 = 50_000_000;
+const FUEL: u64 = 5_000_000;
 /// What `strftime_now` says, so that the same rows give the same text on any day: the date that
 /// Llama's templates fall back to.
 const TODAY: (&str, &str, &str, &str) = ("2024", "07", "Jul", "26");
