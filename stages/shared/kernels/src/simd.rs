@@ -124,8 +124,12 @@ pub(crate) fn max_of(x: &[f32]) -> f32 {
 /// six (coefficients of Cephes' `expf`). Below -87 the result is the least normal number, not zero.
 #[inline(always)]
 pub(crate) fn exp(x: f32) -> f32 {
+    // Adding 1.5 * 2^23 rounds to an integer, ties to even, and leaves it in the lowest bits: a
+    // conversion by `as` would run one lane after another.
+    const ROUND: f32 = 12_582_912.0;
     let x = x.clamp(-87.0, 88.0);
-    let n = (x * std::f32::consts::LOG2_E).round_ties_even();
+    let shifted = x * std::f32::consts::LOG2_E + ROUND;
+    let n = shifted - ROUND;
     let r = n.mul_add(-0.693_359_4, x);
     let r = n.mul_add(2.121_944_4e-4, r);
     let mut p = 1.987_569_1e-4f32;
@@ -135,7 +139,7 @@ pub(crate) fn exp(x: f32) -> f32 {
     p = p.mul_add(r, 1.666_666_5e-1);
     p = p.mul_add(r, 0.5);
     let y = p.mul_add(r * r, r) + 1.0;
-    let scale = f32::from_bits(((n as i32 + 127) << 23) as u32);
+    let scale = f32::from_bits((shifted.to_bits() << 23).wrapping_add(127 << 23));
     y * scale
 }
 

@@ -2,13 +2,13 @@
 
 use checkpoint::ModelConfig;
 use kernels::attention::{self, Saved, Shape};
-use kernels::gemm::Into;
+use kernels::gemm::{Into, Term, gemm_chain};
 use kernels::rope::RopeTable;
 use kernels::{elementwise, norm};
 
 use crate::adapter::{Adapter, DropoutKey, GROUPS};
 use crate::decoder::PinnedLayer;
-use crate::linear::Branch;
+use crate::linear::{Branch, Frozen};
 
 /// What all layers of one pass share.
 pub(crate) struct Pass<'a> {
@@ -69,38 +69,43 @@ impl<'a> Pass<'a> {
             .map(|&projection| {
                 let frozen = weights.projection(projection);
                 let mut y = vec![0.0; x.len() / frozen.inputs * frozen.outputs];
-                frozen.forward(x, &mut y);
-                if let Some(branch) = &branch {
-                    branch.up(projection, &low_rank, &mut y);
-                }
+                let up = branch.as_ref().and_then(|b| b.up(projection, &low_rank));
+                frozen.forward(x, up, &mut y);
                 y
             })
             .collect();
         (outputs, low_rank)
     }
 
-    /// Gradient of [`Pass::project`]: adds to `grad`, and to `dx` where it is wanted.
+    /// Gradient of [`Pass::project`]: adds to `grad`, and overwrites `dx` where it is wanted.
     fn project_backward(
         &self,
         weights: &PinnedLayer,
         (layer, group): (usize, usize),
         (x, low_rank): (&[f32], &[f32]),
         dy: &[&[f32]],
-        mut dx: Option<&mut [f32]>,
+        dx: Option<&mut [f32]>,
         grad: &mut [f32],
     ) {
-        if let Some(dx) = dx.as_deref_mut() {
-            for (i, (&projection, dy)) in GROUPS[group].iter().zip(dy).enumerate() {
-                let into = if i == 0 { Into::Overwrite } else { Into::Accumulate };
-                weights.projection(projection).backward(dy, dx, into);
-            }
-        }
-        let Some(branch) = self.branch(layer, group) else { return };
+        let branch = self.branch(layer, group);
         let mut du = vec![0.0; low_rank.len()];
-        for (&projection, dy) in GROUPS[group].iter().zip(dy) {
-            branch.up_backward(projection, low_rank, dy, &mut du, grad);
+        if let Some(branch) = &branch {
+            for (&projection, dy) in GROUPS[group].iter().zip(dy) {
+                branch.up_backward(projection, low_rank, dy, &mut du, grad);
+            }
+            branch.down_backward(x, &mut du, grad);
         }
-        branch.down_backward(x, &mut du, dx, grad);
+        let Some(dx) = dx else { return };
+        let frozen: Vec<Frozen<'_>> =
+            GROUPS[group].iter().map(|&projection| weights.projection(projection)).collect();
+        let inputs = frozen[0].inputs;
+        let mut terms: Vec<Term<'_>> =
+            frozen.iter().zip(dy).map(|(frozen, dy)| frozen.backward(dy)).collect();
+        terms.extend(branch.as_ref().and_then(|b| b.down_gradient(&du)));
+        gemm_chain(dx.len() / inputs, inputs, &terms, dx, inputs, Into::Overwrite);
+        if let Some(branch) = &branch {
+            branch.add_dropped_gradient(&du, dx);
+        }
     }
 
     /// Runs layer `index` on the residual stream `x [n, hidden]`.

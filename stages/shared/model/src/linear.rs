@@ -5,7 +5,7 @@
 
 use std::ops::Range;
 
-use kernels::gemm::{Into, View, gemm};
+use kernels::gemm::{Into, Term, View, gemm, gemm_chain};
 use kernels::{dropout::dropout, elementwise};
 
 use crate::adapter::{Adapter, Factor};
@@ -19,21 +19,30 @@ pub(crate) struct Frozen<'a> {
     pub(crate) outputs: usize,
 }
 
-impl Frozen<'_> {
-    /// `y = x·Wᵀ + bias`.
-    pub(crate) fn forward(&self, x: &[f32], y: &mut [f32]) {
+impl<'a> Frozen<'a> {
+    /// `y = x·Wᵀ + bias + low_rank`, the last being a product of the adapter.
+    pub(crate) fn forward(&self, x: &[f32], low_rank: Option<Term<'_>>, y: &mut [f32]) {
         let rows = x.len() / self.inputs;
         let w = View::transposed(self.weight, self.inputs);
-        let x = View::rows(x, self.inputs);
-        gemm(rows, self.outputs, self.inputs, x, w, y, self.outputs, Into::Overwrite);
-        add_bias(self.bias, y);
+        let own = Term { k: self.inputs, a: View::rows(x, self.inputs), b: w };
+        let n = self.outputs;
+        match (low_rank, self.bias) {
+            (Some(low_rank), None) => gemm_chain(rows, n, &[own, low_rank], y, n, Into::Overwrite),
+            (low_rank, bias) => {
+                gemm_chain(rows, n, &[own], y, n, Into::Overwrite);
+                add_bias(bias, y);
+                gemm_chain(rows, n, low_rank.as_slice(), y, n, Into::Accumulate);
+            }
+        }
     }
 
-    /// `dx = or += dy·W`.
-    pub(crate) fn backward(&self, dy: &[f32], dx: &mut [f32], into: Into) {
-        let rows = dy.len() / self.outputs;
-        let (dy, w) = (View::rows(dy, self.outputs), View::rows(self.weight, self.inputs));
-        gemm(rows, self.inputs, self.outputs, dy, w, dx, self.inputs, into);
+    /// The product of `dx = dy·W`.
+    pub(crate) fn backward<'b>(&self, dy: &'b [f32]) -> Term<'b>
+    where
+        'a: 'b,
+    {
+        let b = View::rows(self.weight, self.inputs);
+        Term { k: self.outputs, a: View::rows(dy, self.outputs), b }
     }
 }
 
@@ -87,14 +96,12 @@ impl<'a> Branch<'a> {
         u
     }
 
-    /// `y += u·Bᵀ` for the projection of that index, where it is adapted.
-    pub(crate) fn up(&self, projection: usize, u: &[f32], y: &mut [f32]) {
-        let Some((member, factor)) = self.member(projection) else { return };
+    /// The product of `y += u·Bᵀ` for the projection of that index, where it is adapted.
+    pub(crate) fn up<'b>(&'b self, projection: usize, u: &'b [f32]) -> Option<Term<'b>> {
+        let (member, factor) = self.member(projection)?;
         let (r, width) = (self.adapter.config.r, self.width());
-        let rows = u.len() / width;
         let b = View::transposed(&self.adapter.values[factor.b.clone()], r);
-        let u = View::rows(&u[member * r..], width);
-        gemm(rows, factor.outputs, r, u, b, y, factor.outputs, Into::Accumulate);
+        Some(Term { k: r, a: View::rows(&u[member * r..], width), b })
     }
 
     /// Adds `dyᵀ·u` to the gradient of B and writes `scale · dy·B` into the projection's columns of
@@ -118,14 +125,8 @@ impl<'a> Branch<'a> {
         gemm(rows, r, outputs, View::rows(dy, outputs), b, columns, width, Into::Overwrite);
     }
 
-    /// Adds `duᵀ·x` to the gradient of the A factors, and `du·A` to `dx` where there is one.
-    pub(crate) fn down_backward(
-        &self,
-        x: &[f32],
-        du: &mut [f32],
-        dx: Option<&mut [f32]>,
-        grad: &mut [f32],
-    ) {
+    /// Scales `du` and adds `duᵀ·x` to the gradient of the A factors.
+    pub(crate) fn down_backward(&self, x: &[f32], du: &mut [f32], grad: &mut [f32]) {
         let Some(first) = self.factors.first() else { return };
         let (inputs, width) = (first.inputs, self.width());
         let rows = x.len() / inputs;
@@ -143,17 +144,24 @@ impl<'a> Branch<'a> {
             inputs,
             Into::Accumulate,
         );
-        let Some(dx) = dx else { return };
+    }
+
+    /// The product of `dx += du·A`, `du` being scaled; none where dropout comes between.
+    pub(crate) fn down_gradient<'b>(&'b self, du: &'b [f32]) -> Option<Term<'b>> {
+        let first = self.factors.first().filter(|_| self.key.is_none())?;
+        let a = View::rows(&self.adapter.values[self.a_range()], first.inputs);
+        Some(Term { k: self.width(), a: View::rows(du, self.width()), b: a })
+    }
+
+    /// Adds `dropout(du·A)` to `dx` where there is dropout.
+    pub(crate) fn add_dropped_gradient(&self, du: &[f32], dx: &mut [f32]) {
+        let (Some(first), Some(key)) = (self.factors.first(), self.key) else { return };
+        let (inputs, width) = (first.inputs, self.width());
         let a = View::rows(&self.adapter.values[self.a_range()], inputs);
-        let du = View::rows(du, width);
-        if let Some(key) = self.key {
-            let mut part = vec![0.0; x.len()];
-            gemm(rows, inputs, width, du, a, &mut part, inputs, Into::Overwrite);
-            dropout(&mut part, self.adapter.config.dropout, key);
-            elementwise::add_assign(dx, &part);
-        } else {
-            gemm(rows, inputs, width, du, a, dx, inputs, Into::Accumulate);
-        }
+        let (du, mut part) = (View::rows(du, width), vec![0.0; dx.len()]);
+        gemm(dx.len() / inputs, inputs, width, du, a, &mut part, inputs, Into::Overwrite);
+        dropout(&mut part, self.adapter.config.dropout, key);
+        elementwise::add_assign(dx, &part);
     }
 
     fn dropped(&self, x: &[f32]) -> Option<Vec<f32>> {

@@ -14,11 +14,11 @@ mod packed;
 use rayon::prelude::*;
 
 use microkernel::{Microkernel, microkernel};
-use pack::{pack_a, pack_b_panel};
+use pack::{pack_a_panel, pack_b_panel};
 pub use packed::{PackedMatrix, gemm_packed};
 
-/// Inner-dimension block: a panel of B (16 or 32 columns) of this depth fits in L1.
-const KC: usize = 256;
+/// Largest inner-dimension block: a panel of B (16 or 32 columns) of this depth fits in L1.
+const KC: usize = 320;
 /// Rows of a block of A: with [`KC`] it fits in L2. A multiple of every microkernel's rows.
 const MC: usize = 96;
 /// Columns of a block of B: with [`KC`] it is 3 MiB, for L3.
@@ -53,6 +53,43 @@ impl<'a> View<'a> {
         let last = (rows - 1) * self.row_stride + (cols - 1) * self.col_stride;
         assert!(last < self.data.len(), "matrix of {rows} x {cols} exceeds its slice");
     }
+}
+
+/// One product of a chain: A (m x k) · B (k x n).
+#[derive(Clone, Copy, Debug)]
+pub struct Term<'a> {
+    /// Inner dimension.
+    pub k: usize,
+    /// Left operand.
+    pub a: View<'a>,
+    /// Right operand.
+    pub b: View<'a>,
+}
+
+/// A run of one term's inner dimension inside a block.
+#[derive(Clone, Copy)]
+struct Span<'a> {
+    term: Term<'a>,
+    /// First index within the term.
+    start: usize,
+    /// Length of the run.
+    len: usize,
+    /// Where the run begins within the block.
+    offset: usize,
+}
+
+/// The runs that make up the inner indices `pc..pc + kc` of a chain.
+fn spans<'a>(terms: &[Term<'a>], pc: usize, kc: usize) -> Vec<Span<'a>> {
+    let mut found = Vec::with_capacity(terms.len());
+    let mut first = 0;
+    for &term in terms {
+        let (from, to) = (pc.max(first), (pc + kc).min(first + term.k));
+        if from < to {
+            found.push(Span { term, start: from - first, len: to - from, offset: from - pc });
+        }
+        first += term.k;
+    }
+    found
 }
 
 /// What happens to the C that was there.
@@ -95,11 +132,18 @@ pub fn gemm(
     ldc: usize,
     into: Into,
 ) {
-    if m * n * k < PARALLEL_WORK || rayon::current_num_threads() == 1 {
-        gemm_serial(m, n, k, a, b, c, ldc, into);
-        return;
-    }
-    blocked(m, n, k, a, b, c, ldc, into, true);
+    gemm_chain(m, n, &[Term { k, a, b }], c, ldc, into);
+}
+
+/// `C = or += A₁·B₁ + A₂·B₂ + …`: the bits of one [`gemm`] after another, the later ones
+/// accumulating, for one pass over C.
+///
+/// # Panics
+/// Where a matrix exceeds its slice.
+pub fn gemm_chain(m: usize, n: usize, terms: &[Term<'_>], c: &mut [f32], ldc: usize, into: Into) {
+    let work = m * n * terms.iter().map(|t| t.k).sum::<usize>();
+    let parallel = work >= PARALLEL_WORK && rayon::current_num_threads() > 1;
+    blocked(m, n, terms, c, ldc, into, parallel);
 }
 
 /// [`gemm`] on the calling thread alone, for use inside parallel loops. Same bits.
@@ -116,15 +160,13 @@ pub fn gemm_serial(
     ldc: usize,
     into: Into,
 ) {
-    blocked(m, n, k, a, b, c, ldc, into, false);
+    blocked(m, n, &[Term { k, a, b }], c, ldc, into, false);
 }
 
 fn blocked(
     m: usize,
     n: usize,
-    k: usize,
-    a: View<'_>,
-    b: View<'_>,
+    terms: &[Term<'_>],
     c: &mut [f32],
     ldc: usize,
     into: Into,
@@ -134,26 +176,36 @@ fn blocked(
         return;
     }
     assert!(ldc >= n && (m - 1) * ldc + n <= c.len(), "C of {m} x {n} exceeds its slice");
+    let k: usize = terms.iter().map(|t| t.k).sum();
     if k == 0 {
         if into == Into::Overwrite {
             (0..m).for_each(|i| c[i * ldc..i * ldc + n].fill(0.0));
         }
         return;
     }
-    a.check(m, k);
-    b.check(k, n);
+    for term in terms.iter().filter(|t| t.k > 0) {
+        term.a.check(m, term.k);
+        term.b.check(term.k, n);
+    }
     let kernel = microkernel();
     let tiles = Tiles(c.as_mut_ptr());
+    // Blocks of about one size: a short last one would sweep over C for little work.
+    let depth = k.div_ceil(k.div_ceil(KC));
     let mut b_block = pack::Buffer::take();
     for jc in (0..n).step_by(NC) {
         let nc = NC.min(n - jc);
         let panels = nc.div_ceil(kernel.nr);
-        for pc in (0..k).step_by(KC) {
-            let kc = KC.min(k - pc);
+        for pc in (0..k).step_by(depth) {
+            let kc = depth.min(k - pc);
+            let spans = spans(terms, pc, kc);
             let packed_b = b_block.resized(panels * kernel.nr * kc);
             let pack_one = |(p, out): (usize, &mut [f32])| {
                 let col = jc + p * kernel.nr;
-                pack_b_panel(&b, pc, kc, col, kernel.nr.min(n - col), kernel.nr, out);
+                let cols = kernel.nr.min(n - col);
+                for s in &spans {
+                    let out = &mut out[s.offset * kernel.nr..][..s.len * kernel.nr];
+                    pack_b_panel(&s.term.b, s.start, s.len, col, cols, kernel.nr, out);
+                }
             };
             if parallel {
                 packed_b.par_chunks_mut(kernel.nr * kc).enumerate().for_each(pack_one);
@@ -168,7 +220,15 @@ fn blocked(
                 let mc = rows.min(m - ic);
                 let mut a_block = pack::Buffer::take();
                 let packed_a = a_block.resized(mc.div_ceil(kernel.mr) * kernel.mr * kc);
-                pack_a(&a, ic, mc, pc, kc, kernel.mr, packed_a);
+                for (panel, out) in packed_a.chunks_exact_mut(kernel.mr * kc).enumerate() {
+                    let first = panel * kernel.mr;
+                    let rows = kernel.mr.min(mc - first);
+                    for s in &spans {
+                        let out = &mut out[s.offset * kernel.mr..][..s.len * kernel.mr];
+                        let row = ic + first;
+                        pack_a_panel(&s.term.a, row, rows, s.start, s.len, kernel.mr, out);
+                    }
+                }
                 // SAFETY: blocks of rows are disjoint and inside C, which was checked above.
                 unsafe {
                     tile_block(
@@ -288,6 +348,27 @@ mod tests {
                 f(m, n, k, a, b, &mut c, ldc, into);
                 prop_assert_eq!(&c, &expected);
             }
+        }
+
+        #[test]
+        fn a_chain_has_the_bits_of_its_products_one_after_another(
+            m in 1usize..40, n in 1usize..70, k in proptest::array::uniform3(0usize..400), acc: bool,
+        ) {
+            let operands = k.map(|k| (k, numbers(m * k.max(1), 6), numbers(k.max(1) * n, 7)));
+            let start = numbers(m * n, 8);
+            let (mut chained, mut expected) = (start.clone(), start);
+            let mut into = if acc { Into::Accumulate } else { Into::Overwrite };
+            let terms = operands.each_ref().map(|(k, a, b)| Term {
+                k: *k,
+                a: View::transposed(a, m),
+                b: View::transposed(b, (*k).max(1)),
+            });
+            gemm_chain(m, n, &terms, &mut chained, n, into);
+            for t in terms {
+                gemm(m, n, t.k, t.a, t.b, &mut expected, n, into);
+                into = Into::Accumulate;
+            }
+            prop_assert_eq!(chained, expected);
         }
 
         #[test]
