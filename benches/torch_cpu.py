@@ -1,9 +1,10 @@
 """Rates of PyTorch and PEFT on SmolLM2-135M, for comparison with `cargo run --release -p model --example rates`.
 
-    python3 benches/torch_cpu.py FOLDER_OF_THE_GGUF [threads]
+    python3 benches/torch_cpu.py FOLDER_OF_THE_GGUF [threads [f32] [bf16]]
 
 Needs torch, transformers, peft, gguf. Same shapes as the example: prefill 1 x 512, a LoRA step of 4 x 256 with the
-loss on all tokens, 16 prompts of 256 and 32 new tokens each with the prefill timed apart. Best of three after one.
+loss on all tokens, 16 prompts of 256 and 32 new tokens each with the prefill timed apart. Best of three after one
+in f32, one run in bf16 (processors without bf16 instructions take minutes).
 """
 import sys
 import time
@@ -27,25 +28,29 @@ def tokens(rows, columns):
     return (3 + torch.arange(rows * columns) * 7919 % 49000).reshape(rows, columns)
 
 
-def best(run):
-    run()
+def best(run, times_over):
+    if times_over > 1:
+        run()
     times = []
-    for _ in range(3):
+    for _ in range(times_over):
         start = time.time()
         run()
         times.append(time.time() - start)
     return min(times)
 
 
-for dtype, name in ((torch.float32, "f32"), (torch.bfloat16, "bf16")):
+for dtype, name, repeats in ((torch.float32, "f32", 3), (torch.bfloat16, "bf16", 1)):
+    if len(sys.argv) > 3 and name not in sys.argv[3:]:
+        continue
     model = load(dtype)
 
     def generate(ids, new):
         model.generate(input_ids=ids, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=2)
 
     with torch.no_grad():
-        print(f"{name} prefill 1 x 512: {512 / best(lambda: model(tokens(1, 512), logits_to_keep=1)):.0f} tok/s", flush=True)
-        short, long = best(lambda: generate(tokens(16, 256), 1)), best(lambda: generate(tokens(16, 256), 33))
+        prefill = best(lambda: model(tokens(1, 512), logits_to_keep=1), repeats)
+        print(f"{name} prefill 1 x 512: {512 / prefill:.0f} tok/s", flush=True)
+        short, long = [best(lambda: generate(tokens(16, 256), new), repeats) for new in (1, 33)]
         print(f"{name} batch-16 prefill: {16 * 256 / short:.0f} tok/s", flush=True)
         print(f"{name} batch-16 decode: {16 * 32 / (long - short):.0f} tok/s", flush=True)
     config = LoraConfig(r=16, lora_alpha=16, target_modules=TARGETS, task_type="CAUSAL_LM")
@@ -61,4 +66,4 @@ for dtype, name in ((torch.float32, "f32"), (torch.bfloat16, "bf16")):
         loss.backward()
         tuned.zero_grad()
 
-    print(f"{name} train 4 x 256, loss on all: {1024 / best(step):.0f} tok/s", flush=True)
+    print(f"{name} train 4 x 256, loss on all: {1024 / best(step, repeats):.0f} tok/s", flush=True)
