@@ -23,13 +23,23 @@ def call(cache, *args):
     return [pipe, "-f", f"{root}/pipelines/quickstart.yaml", "--cache", cache, *args, *SHORT]
 
 
+def planned(cache):
+    plan = subprocess.run(call(cache, "plan", "--json"), check=True, text=True, capture_output=True).stdout
+    return json.loads(plan)["stages"]
+
+
 def digests(cache):
-    plan = json.loads(subprocess.run(call(cache, "plan", "--json"), check=True, text=True, capture_output=True).stdout)
-    return {f"{s['stage']}.{name}": output["digest"]
-            for s in plan["stages"] for name, output in s["record"]["outputs"].items() if output["class"] == "artifact"}
+    return {f"{s['stage']}.{name}": output["digest"] for s in planned(cache)
+            for name, output in s["record"]["outputs"].items() if output["class"] == "artifact"}
 
 
-def processes():
+def finished(cache):
+    """When each stage that is cached was finished."""
+    return {s["stage"]: s["record"]["finished_at"] for s in planned(cache) if s["decision"] == "reuse"}
+
+
+def processes(cache):
+    """Stage processes of that cache, with their parents."""
     found = []
     for pid in filter(str.isdigit, os.listdir("/proc")):
         try:
@@ -37,7 +47,7 @@ def processes():
             parent = int(open(f"/proc/{pid}/stat").read().rsplit(")", 1)[1].split()[1])
         except OSError:
             continue
-        if "__stage" in line:
+        if "__stage" in line and cache in line:
             found.append((int(pid), parent))
     return found
 
@@ -62,21 +72,25 @@ with tempfile.TemporaryDirectory() as folder:
         child = trial % 2 == 1
         process = run(cache)
         time.sleep(rng.uniform(0.2, length * 0.9))
-        victims = [pid for pid, parent in processes() if parent == process.pid] if child else [process.pid]
+        victims = [pid for pid, parent in processes(cache) if parent == process.pid] if child else [process.pid]
         for victim in victims:
             os.kill(victim, signal.SIGKILL)
         process.communicate()
         deadline = time.time() + 5
-        while processes() and time.time() < deadline:
+        while processes(cache) and time.time() < deadline:
             time.sleep(0.05)
-        assert not processes(), f"trial {trial}: a process survived"
+        assert not processes(cache), f"trial {trial}: a process survived"
+        before = finished(cache)
         again = run(cache)
         text = again.communicate()[1]
         assert again.returncode == 0, text
         assert digests(cache) == expected, f"trial {trial}: other artifacts"
-        plan = subprocess.run(call(cache, "plan", "--json"), check=True, text=True, capture_output=True).stdout
-        train = next(s for s in json.loads(plan)["stages"] if s["stage"] == "train")
+        after = finished(cache)
+        redone = [stage for stage, when in before.items() if after[stage] != when]
+        assert not redone, f"trial {trial}: finished stages were redone: {redone}"
+        train = next(s for s in planned(cache) if s["stage"] == "train")
         resumed += bool(train["record"]["telemetry"].get("resumed_from_step"))
         print(f"trial {trial}: {'child' if child else 'parent'} killed, {text.strip().splitlines()[-1]}", flush=True)
         subprocess.run(["rm", "-rf", cache], check=True)
-    print(f"{trials} trials: the same artifacts every time, no process left, training resumed {resumed} times")
+    print(f"{trials} trials: the same artifacts (the loss log is one) every time, no process left, nothing finished redone, "
+          f"training resumed {resumed} times")

@@ -142,7 +142,8 @@ impl StageKind for Subsample {
         let source = read(request.input("data")?, &params)?;
         let count = source.rows();
         if count == 0 {
-            return Err(StageError::input("the dataset has no rows"));
+            return Err(StageError::input("the dataset has no rows")
+                .help("its files are empty: is `files` of the download what was meant?"));
         }
         if let Some(expected) = params.expected_rows.filter(|e| *e != count) {
             return Err(StageError::input(format!("{count} rows where {expected} are expected"))

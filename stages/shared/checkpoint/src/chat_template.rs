@@ -7,6 +7,9 @@ use serde_json::Value;
 use crate::tokenizer::{read_json, token_text};
 use crate::{CheckpointError, Gguf, ModelFolder};
 
+/// Template of a model in a file of its own, as transformers writes it.
+const OWN_FILE: &str = "chat_template.jinja";
+
 /// Jinja source and the marks that templates refer to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ChatTemplate {
@@ -23,7 +26,8 @@ pub struct ChatTemplate {
 }
 
 impl ModelFolder {
-    /// Reads the chat template: `chat_template.jinja`, else `tokenizer_config.json`, else GGUF.
+    /// Reads the chat template: `chat_template.jinja` in the model's folder, which is how a user
+    /// replaces one, else what the GGUF file or `tokenizer_config.json` holds.
     ///
     /// # Errors
     /// [`CheckpointError`] where the model has none.
@@ -35,16 +39,34 @@ impl ModelFolder {
     }
 }
 
+/// The file of a template, where there is one.
+fn own_file(path: &Path) -> Result<Option<String>, CheckpointError> {
+    match std::fs::read_to_string(path) {
+        Ok(text) => Ok(Some(text)),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(CheckpointError::io(path, e)),
+    }
+}
+
 fn from_gguf(gguf: &Gguf) -> Result<ChatTemplate, CheckpointError> {
     let mark = |key: &str| {
         let id = gguf.u64(key).ok()?;
         let tokens = gguf.strings("tokenizer.ggml.tokens").ok()?;
         tokens.get(id as usize).map(|t| (*t).to_owned())
     };
+    let own = own_file(&gguf.path().with_file_name(OWN_FILE))?;
+    let (origin, source, tool_source) = match own {
+        Some(text) => (OWN_FILE, text, None),
+        None => (
+            "tokenizer.chat_template",
+            gguf.str("tokenizer.chat_template")?.to_owned(),
+            gguf.str("tokenizer.chat_template.tool_use").ok().map(str::to_owned),
+        ),
+    };
     Ok(ChatTemplate {
-        origin: "tokenizer.chat_template".to_owned(),
-        source: gguf.str("tokenizer.chat_template")?.to_owned(),
-        tool_source: gguf.str("tokenizer.chat_template.tool_use").ok().map(str::to_owned),
+        origin: origin.to_owned(),
+        source,
+        tool_source,
         bos_token: mark("tokenizer.ggml.bos_token_id").unwrap_or_default(),
         eos_token: mark("tokenizer.ggml.eos_token_id").unwrap_or_default(),
     })
@@ -53,10 +75,8 @@ fn from_gguf(gguf: &Gguf) -> Result<ChatTemplate, CheckpointError> {
 fn from_folder(dir: &Path) -> Result<ChatTemplate, CheckpointError> {
     let config_path = dir.join("tokenizer_config.json");
     let config = read_json(&config_path)?;
-    let file = dir.join("chat_template.jinja");
-    let (origin, source, tool_source) = if file.is_file() {
-        let text = std::fs::read_to_string(&file).map_err(|e| CheckpointError::io(&file, e))?;
-        ("chat_template.jinja", text, None)
+    let (origin, source, tool_source) = if let Some(text) = own_file(&dir.join(OWN_FILE))? {
+        (OWN_FILE, text, None)
     } else {
         let (source, tools) = of_config(config.get("chat_template")).ok_or_else(|| {
             CheckpointError::content(

@@ -59,3 +59,13 @@ fn endless_blanks_are_refused() {
         folder.tokenizer().unwrap().encode(&text).unwrap_err().to_string().contains("white space")
     );
 }
+
+#[test]
+fn a_template_beside_the_file_replaces_its_own() {
+    let Some(folder) = folder() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    std::os::unix::fs::symlink(folder.path(), dir.path().join("model.gguf")).unwrap();
+    std::fs::write(dir.path().join("chat_template.jinja"), "own").unwrap();
+    let template = ModelFolder::open(dir.path()).unwrap().chat_template().unwrap();
+    assert_eq!((template.source.as_str(), template.bos_token.as_str()), ("own", "<|im_start|>"));
+}
