@@ -57,18 +57,18 @@ def run(cache, **kwargs):
 
 
 with tempfile.TemporaryDirectory() as folder:
-    whole = f"{folder}/whole"
+    seed, whole = f"{folder}/seed", f"{folder}/whole"
+    subprocess.run(call(seed, "run", "model", "dataset"), check=True, stderr=subprocess.DEVNULL)
+    subprocess.run(["cp", "-a", seed, whole], check=True)
     start = time.time()
     assert run(whole).wait() == 0
     expected, length = digests(whole), time.time() - start
-    print(f"undisturbed: {length:.0f} s, {len(expected)} artifacts")
-    start = time.time()
-    subprocess.run(call(f"{folder}/seed", "run", "model", "dataset"), check=True, stderr=subprocess.DEVNULL)
+    print(f"undisturbed: {length:.0f} s, {len(expected)} artifacts", flush=True)
     rng = random.Random(1)
     resumed = 0
     for trial in range(trials):
         cache = f"{folder}/trial-{trial}"
-        subprocess.run(["cp", "-a", f"{folder}/seed", cache], check=True)
+        subprocess.run(["cp", "-a", seed, cache], check=True)
         child = trial % 2 == 1
         process = run(cache)
         time.sleep(rng.uniform(0.2, length * 0.9))

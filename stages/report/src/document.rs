@@ -159,6 +159,7 @@ table { border-collapse: collapse; margin: .75rem 0; font-size: .92rem; }
 th, td { text-align: left; padding: .35rem .8rem .35rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { color: var(--soft); font-weight: 600; }
 td { overflow-wrap: anywhere; }
+td:first-child, td:last-child { overflow-wrap: normal; }
 .numeric th:not(:first-child), .numeric td:not(:first-child) { text-align: right; white-space: nowrap;
   font-variant-numeric: tabular-nums; padding-left: 1rem; }
 figure { margin: 1rem 0; }

@@ -179,7 +179,13 @@ fn loss(content: &Content, blocks: &mut Vec<Block>) {
             .map_or(String::new(), |(_, l)| format!("{l:.4}"));
         vec![step.to_string(), format!("{loss:.4}"), eval]
     });
-    blocks.push(Block::table(&["step", "loss", "evaluation loss"], rows.collect(), true));
+    let columns = if eval.is_empty() { 2 } else { 3 };
+    let rows = rows.map(|mut row| {
+        row.truncate(columns);
+        row
+    });
+    let header = &["step", "loss", "evaluation loss"][..columns];
+    blocks.push(Block::table(header, rows.collect(), true));
 }
 
 fn model_and_data(content: &Content, upstream: &[UpstreamRecord], blocks: &mut Vec<Block>) {

@@ -18,9 +18,15 @@ pub(crate) fn points(fraction: f64) -> String {
     format!("{:+.1}", fraction * 100.0)
 }
 
-/// `0.023`, `1.6e-7`.
+/// `0.023`, `0.0015`, `1.6e-7`: two digits that say something.
 pub(crate) fn p_value(p: f64) -> String {
-    if p >= 0.001 { format!("{p:.3}") } else { format!("{p:.1e}") }
+    if p >= 0.01 {
+        format!("{p:.3}")
+    } else if p >= 0.001 {
+        format!("{p:.4}")
+    } else {
+        format!("{p:.1e}")
+    }
 }
 
 /// `0.4 s`, `6 min 12 s`, `2 h 05 min`.
