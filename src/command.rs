@@ -165,7 +165,9 @@ impl Project {
 
     /// The stage called `name`.
     fn stage(&self, name: &str) -> Result<&crate::pipeline::Stage, CommandError> {
-        self.pipeline.stage(name).ok_or_else(|| {
+        let canonical = self.pipeline.points.resolve(name);
+        let canonical = canonical.first().map_or(name, String::as_str);
+        self.pipeline.stage(canonical).ok_or_else(|| {
             let names = self.pipeline.stages.iter().map(|s| s.name.as_str());
             let help = crate::pipeline::suggest(name, names);
             CommandError::Usage { message: format!("no stage `{name}`"), help }

@@ -10,6 +10,7 @@ pub mod display;
 pub mod event;
 pub mod exit_code;
 pub mod fingerprint;
+pub mod gather;
 pub mod graph;
 pub mod lockfile;
 pub mod pipeline;

@@ -3,6 +3,9 @@
 //! Loading reads the one file and nothing else; whether local inputs exist is the planner's
 //! question.
 
+mod expand;
+mod matrix;
+mod points;
 mod problem;
 mod read;
 mod variables;
@@ -13,6 +16,7 @@ use std::path::{Path, PathBuf};
 use contract::{OutputSpec, Signature, StageKind};
 use serde_json::Value;
 
+pub use points::{PointParams, Points, plain_stage, point_label};
 pub use problem::{PipelineError, Problem, Sources, suggest};
 
 use crate::yaml::Place;
@@ -46,6 +50,8 @@ pub struct Pipeline {
     pub stages: Vec<Stage>,
     /// Targets by name, each a list of stages or other targets.
     pub targets: BTreeMap<String, Vec<String>>,
+    /// Names of the points of its sweeps.
+    pub points: Points,
     /// Texts, for reports.
     pub sources: Sources,
 }
@@ -96,15 +102,46 @@ pub enum InputRef {
     },
     /// A file or folder, relative to the pipeline file.
     Local(PathBuf),
+    /// One output of every point of a stage, as a folder.
+    Gathered(Gathered),
+}
+
+/// One output of every point of a stage.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Gathered {
+    /// The plain stage.
+    pub stage: String,
+    /// Output.
+    pub output: String,
+    /// The points, in the order of the matrix.
+    pub members: Vec<Member>,
+}
+
+/// One point of a gathered stage.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Member {
+    /// Name of the point's stage.
+    pub stage: String,
+    /// Its swept params, the unchanged ones included.
+    pub params: PointParams,
+}
+
+impl InputRef {
+    /// Every stage that it reads.
+    pub fn stages(&self) -> Vec<&str> {
+        match self {
+            Self::Output { stage, .. } => vec![stage],
+            Self::Local(_) => Vec::new(),
+            Self::Gathered(gathered) if gathered.members.is_empty() => vec![&gathered.stage],
+            Self::Gathered(gathered) => gathered.members.iter().map(|m| &*m.stage).collect(),
+        }
+    }
 }
 
 impl Stage {
     /// Names of the stages whose outputs it reads, each once.
     pub fn needs(&self) -> impl Iterator<Item = &str> {
-        let stages = self.inputs.values().filter_map(|input| match &input.from {
-            InputRef::Output { stage, .. } => Some(stage.as_str()),
-            InputRef::Local(_) => None,
-        });
+        let stages = self.inputs.values().flat_map(|input| input.from.stages());
         stages.collect::<BTreeSet<_>>().into_iter()
     }
 
@@ -171,6 +208,26 @@ impl Pipeline {
     }
 
     fn resolve_name(&self, name: &str, into: &mut Vec<String>) -> Result<(), PipelineError> {
+        if name.contains('@') {
+            let points = self.points.resolve(name);
+            let there = !points.is_empty() && points.iter().all(|p| self.stage(p).is_some());
+            if there {
+                for point in points {
+                    if !into.contains(&point) {
+                        into.push(point);
+                    }
+                }
+                return Ok(());
+            }
+            let points = self.points.of(plain_stage(name));
+            let spelled = self.points.resolve(name).pop().unwrap_or_default();
+            let help = match points {
+                [] => Some("no `matrix` reaches that stage".to_owned()),
+                points => suggest(&spelled, points.iter().map(String::as_str)),
+            };
+            let message = format!("no point `{name}` in {}", self.path.display());
+            return Err(PipelineError::plain(message, help));
+        }
         if self.stage(name).is_some() {
             if !into.iter().any(|n| n == name) {
                 into.push(name.to_owned());
