@@ -243,3 +243,6 @@ impl Pipeline {
         Err(PipelineError::plain(message, help))
     }
 }
+
+#[cfg(test)]
+mod tests;
