@@ -98,7 +98,7 @@ fn spelling(value: &Value) -> String {
         Value::String(text) => text.clone(),
         other => canonical(other),
     };
-    let safe = |c: char| c.is_alphanumeric() || "-_.+:".contains(c);
+    let safe = |c: char| c.is_alphanumeric() || "-_.+".contains(c);
     // Text such as "8" must not look like the number 8.
     let reads_back = match value {
         Value::String(text) => yaml::parse(text, 0)

@@ -4,6 +4,7 @@
 
 mod caching;
 mod commands;
+mod comparisons;
 mod diagnostics;
 mod failures;
 mod processes;
