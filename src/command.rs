@@ -179,12 +179,20 @@ impl Project {
 
     /// The stage called `name`.
     fn stage(&self, name: &str) -> Result<&crate::pipeline::Stage, CommandError> {
-        let canonical = self.pipeline.points.resolve(name);
-        let canonical = canonical.first().map_or(name, String::as_str);
+        let stages = self.pipeline.points.resolve(name);
+        let canonical = match stages.as_slice() {
+            [one] => one.as_str(),
+            _ => name,
+        };
         self.pipeline.stage(canonical).ok_or_else(|| {
             let names = self.pipeline.stages.iter().map(|s| s.name.as_str());
-            let help = crate::pipeline::suggest(name, names);
-            CommandError::Usage { message: format!("no stage `{name}`"), help }
+            let points = names.filter(|s| s.contains('@') == name.contains('@'));
+            let help = crate::pipeline::suggest(name, points);
+            let message = match stages.len() {
+                0 | 1 => format!("no stage `{name}`"),
+                several => format!("`{name}` is {several} stages: name one"),
+            };
+            CommandError::Usage { message, help }
         })
     }
 }

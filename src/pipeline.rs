@@ -237,7 +237,7 @@ impl Pipeline {
         if let Some(members) = self.targets.get(name) {
             return members.iter().try_for_each(|member| self.resolve_name(member, into));
         }
-        let known = self.stages.iter().map(|s| s.name.as_str());
+        let known = self.stages.iter().map(|s| s.name.as_str()).filter(|s| !s.contains('@'));
         let help = suggest(name, known.chain(self.targets.keys().map(String::as_str)));
         let message = format!("no stage or target `{name}` in {}", self.path.display());
         Err(PipelineError::plain(message, help))

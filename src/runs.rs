@@ -1,11 +1,10 @@
 //! Runs as the cache remembers them: when, what was asked, and what ran, was reused or failed.
 
 use std::collections::BTreeMap;
-use std::time::Instant;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 
-use crate::cache::unix_seconds;
 use crate::digest::Fingerprint;
 use crate::event::Event;
 use crate::pipeline::Pipeline;
@@ -13,7 +12,7 @@ use crate::pipeline::Pipeline;
 /// One run that did something: `runs/<id>.json`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RunRecord {
-    /// UTC time and a few random digits, such as `20260131-142530-9f3c`: sorts by time.
+    /// UTC time and a few random digits, such as `20260131-142530.123-9f3c`: sorts by time.
     pub id: String,
     /// Unix time in seconds.
     pub started_at: u64,
@@ -91,13 +90,14 @@ pub struct RunLog {
 impl RunLog {
     /// Before the run.
     pub fn new(pipeline: &Pipeline, selection: &[String], set: &[String]) -> Self {
-        let started_at = unix_seconds();
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let (started_at, millis) = (now.as_secs(), now.subsec_millis());
         let stages = pipeline.stages.iter().enumerate();
         let known = stages.map(|(i, s)| (s.name.clone(), (i, s.kind.clone())));
         let unique = blake3::hash(crate::cache::unique_name().as_bytes()).to_hex();
         Self {
             record: RunRecord {
-                id: format!("{}-{}", utc(started_at), &unique[..4]),
+                id: format!("{}.{millis:03}-{}", utc(started_at), &unique[..4]),
                 started_at,
                 seconds: 0.0,
                 pipeline: pipeline.name.clone(),

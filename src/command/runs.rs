@@ -121,7 +121,9 @@ fn verdict(a: Option<&Entry>, b: Option<&Entry>) -> &'static str {
 }
 
 fn compare(project: &Project, from: &Side, to: &Side) -> Result<(String, Value), CommandError> {
-    let (mut rows, mut details, mut listed) = (Vec::new(), Vec::new(), Vec::new());
+    let heads = ["stage", "", "before", "after", "took before", "took after"];
+    let mut rows = vec![heads.map(str::to_owned).to_vec()];
+    let (mut details, mut listed) = (Vec::new(), Vec::new());
     for (name, a, b) in Side::pairs(from, to) {
         let verdict = verdict(a, b);
         let short = |e: Option<&Entry>| {

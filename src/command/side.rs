@@ -24,6 +24,8 @@ const LAST: &str = "last";
 pub(super) struct Side {
     /// As it was asked for.
     pub(super) name: String,
+    /// A stage was asked for, not all of them.
+    named: bool,
     pub(super) entries: Vec<Entry>,
 }
 
@@ -68,7 +70,7 @@ impl Side {
             })
         };
         let entries = chosen.into_iter().filter_map(entry).collect();
-        Ok(Self { name: stage.unwrap_or("now").to_owned(), entries })
+        Ok(Self { name: stage.unwrap_or("now").to_owned(), named: stage.is_some(), entries })
     }
 
     /// What a run ran or reused.
@@ -95,20 +97,21 @@ impl Side {
                 record: record.map(Arc::new),
             });
         }
-        Ok(Self { name: run.id.clone(), entries })
+        Ok(Self { name: run.id.clone(), named: stage.is_some(), entries })
     }
 
-    /// Both sides stage by stage: the one with the one, else by name.
+    /// Both sides stage by stage: one named stage with each named on the other side, else by name.
     pub(super) fn pairs<'a>(from: &'a Self, to: &'a Self) -> Vec<Pair<'a>> {
-        if let ([a], [b]) = (from.entries.as_slice(), to.entries.as_slice())
-            && plain_stage(&a.stage) == plain_stage(&b.stage)
-        {
-            let name = if a.stage == b.stage {
-                a.stage.clone()
-            } else {
-                format!("{} -> {}", a.stage, b.stage)
+        if let ([a], true, true) = (from.entries.as_slice(), from.named, to.named) {
+            let pair = |b: &'a Entry| {
+                let name = if a.stage == b.stage {
+                    a.stage.clone()
+                } else {
+                    format!("{} -> {}", a.stage, b.stage)
+                };
+                (name, Some(a), Some(b))
             };
-            return vec![(name, Some(a), Some(b))];
+            return to.entries.iter().map(pair).collect();
         }
         fn find<'s>(side: &'s Side, name: &str) -> Option<&'s Entry> {
             side.entries.iter().find(|e| e.stage == name)
@@ -134,6 +137,10 @@ impl Context<'_> {
         } else {
             match self.revision(place)? {
                 Some(revision) => Side::now(revision.project(), stage)?,
+                None if stage.is_some() => {
+                    let message = format!("`{place}` is no run or git revision");
+                    return Err(CommandError::usage(message, "`pipe runs ls` lists the runs"));
+                }
                 None => return Err(unknown(project, text)),
             }
         };
@@ -191,7 +198,9 @@ fn chosen(project: &Project, name: &str, all: &[String]) -> Result<Vec<String>, 
     let fits = |s: &&String| wanted.contains(s) || all_points == Some(plain_stage(s));
     let found: Vec<String> = all.iter().filter(fits).cloned().collect();
     if found.is_empty() {
-        let help = suggest(name, all.iter().map(String::as_str));
+        let points =
+            all.iter().map(String::as_str).filter(|s| s.contains('@') == name.contains('@'));
+        let help = suggest(name, points);
         return Err(CommandError::Usage { message: format!("no stage `{name}` there"), help });
     }
     Ok(found)
@@ -223,8 +232,8 @@ pub(super) fn find_run(project: &Project, id: &str) -> Result<Option<RunRecord>,
 
 /// Nothing is called that.
 pub(super) fn unknown(project: &Project, text: &str) -> CommandError {
-    let known = project.pipeline.stages.iter().map(|s| s.name.as_str());
-    let help = suggest(text, known).unwrap_or_default();
+    let stages = project.pipeline.stages.iter().map(|s| s.name.as_str());
+    let help = suggest(text, stages.filter(|s| !s.contains('@'))).unwrap_or_default();
     CommandError::usage(
         format!("`{text}` is no stage, run or git revision"),
         format!("{help} (`pipe runs ls` lists the runs)").trim().to_owned(),

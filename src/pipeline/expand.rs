@@ -24,15 +24,19 @@ pub(super) fn expand(
     root: &Node,
     stages: Vec<Stage>,
 ) -> (Vec<Stage>, Points) {
-    let matrix = |stage: &Stage| root.get("stages")?.get(&stage.name)?.get("matrix");
+    let written: BTreeMap<&str, &Node> = match root.get("stages").map(|n| &n.tree) {
+        Some(Tree::Map(entries)) => entries.iter().map(|(k, n)| (k.name.as_str(), n)).collect(),
+        _ => BTreeMap::new(),
+    };
     let gathers = |s: &Stage| s.inputs.values().any(|i| matches!(i.from, InputRef::Gathered(_)));
-    if reader.pins.is_empty() && !stages.iter().any(|s| matrix(s).is_some() || gathers(s)) {
+    let varies = |node: &&Node| node.get("matrix").is_some();
+    if reader.pins.is_empty() && !written.values().any(varies) && !stages.iter().any(gathers) {
         return (stages, Points::default());
     }
     let mut matrices = Matrices { reader, root, stages: &stages, axes: Vec::new() };
     let mut sweeps = Vec::new();
     for stage in &stages {
-        if let Some(written) = matrix(stage) {
+        if let Some(written) = written.get(stage.name.as_str()).and_then(|n| n.get("matrix")) {
             let key = Key { place: written.place, name: stage.name.clone() };
             sweeps.extend(matrices.sweep(stage, &key, written));
         }
@@ -41,7 +45,7 @@ pub(super) fn expand(
     if !reader.problems.is_empty() {
         return (stages, Points::default());
     }
-    let mut expander = Expander::new(reader, root, &stages, axes, sweeps);
+    let mut expander = Expander::new(reader, root, written, &stages, axes, sweeps);
     expander.check_labels();
     expander.spread();
     expander.check_effects();
@@ -78,6 +82,8 @@ fn assembled(stages: Vec<Stage>, mut copies: Vec<(usize, Stage)>, points: &Point
 struct Expander<'r, 'k> {
     reader: &'r mut Reader<'k>,
     root: &'r Node,
+    /// What is written of every stage.
+    written: BTreeMap<&'r str, &'r Node>,
     stages: &'r [Stage],
     axes: Vec<Axis>,
     sweeps: Vec<Sweep>,
@@ -100,6 +106,7 @@ impl<'r, 'k> Expander<'r, 'k> {
     fn new(
         reader: &'r mut Reader<'k>,
         root: &'r Node,
+        written: BTreeMap<&'r str, &'r Node>,
         stages: &'r [Stage],
         axes: Vec<Axis>,
         sweeps: Vec<Sweep>,
@@ -109,6 +116,7 @@ impl<'r, 'k> Expander<'r, 'k> {
         Self {
             reader,
             root,
+            written,
             stages,
             axes,
             sweeps,
@@ -157,7 +165,7 @@ impl<'r, 'k> Expander<'r, 'k> {
         let name = &self.stages[stage].name;
         let variables = Variables::new(self.root.get("params"));
         let mut read = BTreeSet::new();
-        if let Some(node) = self.root.get("stages").and_then(|s| s.get(name)) {
+        if let Some(node) = self.written.get(name.as_str()) {
             for part in ["params", "inputs", "env", "require"] {
                 node.get(part).into_iter().for_each(|n| variables.read_by(n, &mut read));
             }
@@ -309,7 +317,7 @@ impl<'r, 'k> Expander<'r, 'k> {
     /// The stage as it would be with the changes.
     fn copy(&mut self, stage: usize, changes: &Changes) -> Option<Stage> {
         let plain = &self.stages[stage];
-        let mut node = self.root.get("stages")?.get(&plain.name)?.clone();
+        let mut node: Node = (*self.written.get(plain.name.as_str())?).clone();
         let mut variables = self.root.get("params").cloned();
         for (axis, value) in changes.iter().filter(|(a, _)| self.used[stage].contains(a)) {
             let (_, value) = &self.axes[*axis].values[*value];

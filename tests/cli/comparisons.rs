@@ -64,6 +64,11 @@ fn metrics_are_shown_and_compared_between_points() {
         (&json!(0.2), &json!(0.3))
     );
     assert_eq!(diff["changes"].as_array().unwrap().len(), 1);
+    let each = read(&space, &["metrics", "diff", "eval", "eval@*"]);
+    assert_eq!(each["changes"][0]["stage"], "eval -> eval@good=1");
+    assert_eq!(each["changes"].as_array().unwrap().len(), 2);
+    let several = space.pipe(&["why", "eval@*"]).code(2);
+    assert!(several.err.contains("`eval@*` is 3 stages"), "{}", several.err);
     let same = space.pipe(&["metrics", "diff", "eval", "eval@good=2.0"]).code(0);
     assert!(same.out.contains("no metric differs"), "{}", same.out);
 }
@@ -178,6 +183,6 @@ fn a_git_revision_is_planned_with_its_own_files() {
     let compared = space.pipe(&["runs", "compare", "HEAD"]).code(0).out;
     assert!(compared.contains("eval         changed"), "{compared}");
     let missing = space.pipe(&["metrics", "diff", "HEAD~1:eval"]).code(2);
-    assert!(missing.err.contains("no stage, run or git revision"), "{}", missing.err);
+    assert!(missing.err.contains("no run or git revision"), "{}", missing.err);
     assert_eq!(fs::read_to_string(space.path("rows.txt")).unwrap().lines().count(), 5);
 }
