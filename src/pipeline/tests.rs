@@ -6,6 +6,8 @@ use contract::{
     Outcome, OutputSpec, ParamError, Reporter, Request, Signature, StageError, StageKind,
 };
 
+use proptest::prelude::*;
+
 use super::*;
 
 /// Stands for a kind that is not built here: takes any params and inputs.
@@ -116,4 +118,56 @@ fn a_copy_differs_from_the_plain_stage_in_its_change_alone() {
     let longer = pipeline.stage("train@max_length=1024").unwrap();
     assert_eq!(longer.signature, plain.signature);
     assert!(longer.needs().any(|n| n == "tokenize-pack@max_length=1024"));
+}
+
+/// A stage and everything upstream of it, without names.
+fn meaning(pipeline: &Pipeline, stage: &str) -> String {
+    let stage = pipeline.stage(stage).unwrap();
+    let inputs = stage.inputs.iter().map(|(name, input)| match &input.from {
+        InputRef::Output { stage, output } => {
+            format!("{name}: ({}).{output}", meaning(pipeline, stage))
+        }
+        other => format!("{name}: {other:?}"),
+    });
+    let inputs: Vec<String> = inputs.collect();
+    format!(
+        "{} {} {inputs:?}",
+        stage.kind,
+        crate::fingerprint::canonical(&stage.signature.identity)
+    )
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(10))]
+
+    /// A point is the pipeline with its changes `--set`, whatever the order of the changes.
+    #[test]
+    fn a_point_is_the_pipeline_with_its_changes_set(
+        steps in prop::sample::subsequence(vec![60_u32, 120, 200], 1..=3),
+        rates in prop::sample::subsequence(vec![1e-4, 2e-4, 5e-4], 1..=3),
+        lengths in prop::sample::subsequence(vec![1024_u32, 2048, 4096], 1..=3),
+        ranks in prop::sample::subsequence(vec![8_u32, 16], 1..=2),
+    ) {
+        let from = SHIPPED.find("      single:").unwrap();
+        let to = SHIPPED[from..].find("    params:").unwrap() + from;
+        let text = format!(
+            "{}      product: {{max_steps: {steps:?}, learning_rate: {rates:?}, max_length: {lengths:?}, lora.r: {ranks:?}}}\n{}",
+            &SHIPPED[..from], &SHIPPED[to..]
+        );
+        let swept = load(&text, &[]);
+        let points = swept.points.of("dev-eval");
+        prop_assert_eq!(points.len(), steps.len() * rates.len() * lengths.len() * ranks.len());
+        for point in points {
+            let changes = point.split_once('@').map_or("", |(_, changes)| changes);
+            let sets: Vec<String> = changes
+                .split(',')
+                .filter(|c| !c.is_empty())
+                .map(|c| if c.starts_with("max_length") { c.to_owned() } else { format!("train.{c}") })
+                .collect();
+            let sets: Vec<&str> = sets.iter().map(String::as_str).collect();
+            let set = load(SHIPPED, &sets);
+            prop_assert_eq!(meaning(&swept, point), meaning(&set, "dev-eval"), "{}", point);
+            prop_assert_eq!(swept.points.resolve(point), vec![point.clone()]);
+        }
+    }
 }
