@@ -208,7 +208,7 @@ impl Pipeline {
     }
 
     fn resolve_name(&self, name: &str, into: &mut Vec<String>) -> Result<(), PipelineError> {
-        if name.contains('@') {
+        if name.contains('@') && !self.targets.contains_key(name) {
             let points = self.points.resolve(name);
             let there = !points.is_empty() && points.iter().all(|p| self.stage(p).is_some());
             if there {

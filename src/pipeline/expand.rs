@@ -296,6 +296,7 @@ impl<'r, 'k> Expander<'r, 'k> {
             let follows = self.follows(stage);
             if let Some(mut copy) = self.copy(stage, &changes) {
                 copy.name = name;
+                self.check_wiring(&self.stages[stage], &copy);
                 for (input, i) in &mut copy.inputs {
                     let pinned = self
                         .reader
@@ -312,6 +313,26 @@ impl<'r, 'k> Expander<'r, 'k> {
             open.extend(follows.into_iter().map(|from| (from, changes.clone())));
         }
         wanted
+    }
+
+    /// A change of params must not change which stages a stage reads.
+    fn check_wiring(&mut self, plain: &Stage, copy: &Stage) {
+        for (name, input) in &copy.inputs {
+            let from = plain.inputs.get(name).map(|i| &i.from);
+            let differs = match (&input.from, from) {
+                (InputRef::Local(_), Some(InputRef::Local(_))) => false,
+                (now, Some(before)) => now != before,
+                (_, None) => true,
+            };
+            if differs {
+                let message =
+                    format!("a matrix changes where `{name}` of `{}` comes from", plain.name);
+                self.reader.problems.push(
+                    Problem::at(message, input.place, "varies")
+                        .help("vary params; wire each source to a stage of its own"),
+                );
+            }
+        }
     }
 
     /// The stage as it would be with the changes.

@@ -243,7 +243,10 @@ impl Reader<'_> {
             }
             let node = variables.expand(node, &mut self.problems);
             if let Some(at) = node.get("at") {
-                self.pins.insert((key.name.clone(), name.name.clone()), at.clone());
+                // The plain stage is read before its points and decides for them.
+                self.pins
+                    .entry((key.name.clone(), name.name.clone()))
+                    .or_insert_with(|| at.clone());
             }
             if let Some(from) = self.reference(&node) {
                 inputs.insert(name.name.clone(), Input { from, place: node.place });
