@@ -391,9 +391,7 @@ impl<'r, 'k> Expander<'r, 'k> {
                 .of
                 .entry(plain.name.clone())
                 .or_insert_with(|| vec![plain.name.clone()]);
-            if !names.contains(&copy.name) {
-                names.push(copy.name.clone());
-            }
+            names.push(copy.name.clone());
         }
         for i in 0..self.stages.len() {
             let name = &self.stages[i].name;

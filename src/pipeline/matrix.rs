@@ -94,16 +94,17 @@ impl Matrices<'_, '_> {
             self.reader.problems.push(problem.help(EXAMPLE));
         }
         let (single, product) = (single.unwrap_or_default(), product.unwrap_or_default());
-        for (axis, _) in single.iter().filter(|(a, _)| product.iter().any(|(b, _)| a == b)) {
-            let message =
-                format!("`{}` is in `single` and in `product`", self.axes[*axis].target.path());
-            self.reader.problems.push(Problem::at(message, key.place, "this matrix"));
+        let mut varied = BTreeSet::new();
+        for (axis, _) in single.iter().chain(&product) {
+            if !varied.insert(*axis) {
+                let message = format!("`{}` is varied twice", self.axes[*axis].target.path());
+                self.reader.problems.push(Problem::at(message, key.place, "in this matrix"));
+            }
         }
         let size = 1 + single.iter().map(|(_, v)| v.len()).sum::<usize>();
         let size = product.iter().try_fold(size, |n, (_, v)| n.checked_mul(v.len()));
         if size.is_none_or(|n| n > MAX_POINTS + 1) {
-            let message = format!("a matrix of more than {MAX_POINTS} points");
-            self.reader.problems.push(Problem::at(message, key.place, "this matrix"));
+            self.too_many(key.place, "points");
         }
         if self.reader.problems.len() > before {
             return None;
@@ -123,10 +124,19 @@ impl Matrices<'_, '_> {
         Some(Sweep { stage: stage.name.clone(), place: key.place, axes, points })
     }
 
+    fn too_many(&mut self, place: Place, what: &str) {
+        let message = format!("a matrix of more than {MAX_POINTS} {what}");
+        self.reader.problems.push(Problem::at(message, place, "this matrix"));
+    }
+
     fn axis_values(&mut self, stage: &Stage, node: &Node) -> Vec<AxisValues> {
         let mut found = Vec::new();
         for (key, list) in self.reader.map(node, "`single` and `product`").unwrap_or_default() {
             let values = match &list.tree {
+                Tree::List(values) if values.len() > MAX_POINTS => {
+                    self.too_many(list.place, "values");
+                    continue;
+                }
                 Tree::List(values) if !values.is_empty() => values,
                 _ => {
                     let message = format!("`{}` needs a list of values", key.name);
@@ -144,7 +154,11 @@ impl Matrices<'_, '_> {
     /// Points given one by one, each a mapping of changes.
     fn entries(&mut self, stage: &Stage, node: Option<&Node>) -> Vec<(Place, Vec<AxisValues>)> {
         let items = match node.map(|n| &n.tree) {
-            Some(Tree::List(items)) => items.as_slice(),
+            Some(Tree::List(items)) if items.len() <= MAX_POINTS => items.as_slice(),
+            Some(Tree::List(_)) => {
+                self.too_many(node.map(|n| n.place).unwrap_or_default(), "points");
+                return Vec::new();
+            }
             Some(_) => {
                 self.reader.problems.extend(node.map(|n| {
                     let label = "expected a list of mappings";
@@ -156,7 +170,7 @@ impl Matrices<'_, '_> {
             None => return Vec::new(),
         };
         let mut found = Vec::new();
-        for item in items.iter().take(MAX_POINTS) {
+        for item in items {
             let mut entry = Vec::new();
             for (key, value) in self.reader.map(item, "a point").unwrap_or_default() {
                 let Some(axis) = self.axis(stage, key, value) else { continue };
@@ -194,6 +208,10 @@ impl Matrices<'_, '_> {
         let target = self.target(stage, key, example)?;
         if let Some(known) = self.axes.iter().position(|a| a.target == target) {
             return Some(known);
+        }
+        if self.axes.len() == MAX_POINTS {
+            self.too_many(key.place, "swept params");
+            return None;
         }
         let plain = self.plain(&target);
         self.axes.push(Axis { target, place: key.place, plain, values: Vec::new() });
