@@ -209,24 +209,12 @@ impl Pipeline {
 
     fn resolve_name(&self, name: &str, into: &mut Vec<String>) -> Result<(), PipelineError> {
         if name.contains('@') && !self.targets.contains_key(name) {
-            let points = self.points.resolve(name);
-            let there = !points.is_empty() && points.iter().all(|p| self.stage(p).is_some());
-            if there {
-                for point in points {
-                    if !into.contains(&point) {
-                        into.push(point);
-                    }
+            for point in self.resolve_points(name)? {
+                if !into.contains(&point) {
+                    into.push(point);
                 }
-                return Ok(());
             }
-            let points = self.points.of(plain_stage(name));
-            let spelled = self.points.resolve(name).pop().unwrap_or_default();
-            let help = match points {
-                [] => Some("no `matrix` reaches that stage".to_owned()),
-                points => suggest(&spelled, points.iter().map(String::as_str)),
-            };
-            let message = format!("no point `{name}` in {}", self.path.display());
-            return Err(PipelineError::plain(message, help));
+            return Ok(());
         }
         if self.stage(name).is_some() {
             if !into.iter().any(|n| n == name) {
@@ -240,6 +228,27 @@ impl Pipeline {
         let known = self.stages.iter().map(|s| s.name.as_str()).filter(|s| !s.contains('@'));
         let help = suggest(name, known.chain(self.targets.keys().map(String::as_str)));
         let message = format!("no stage or target `{name}` in {}", self.path.display());
+        Err(PipelineError::plain(message, help))
+    }
+
+    /// The stages that the name of a point, or `STAGE@*`, stands for.
+    fn resolve_points(&self, name: &str) -> Result<Vec<String>, PipelineError> {
+        let found = self.points.resolve(name);
+        if !found.is_empty() && found.iter().all(|p| self.stage(p).is_some()) {
+            return Ok(found);
+        }
+        let plain = plain_stage(name);
+        let points = self.points.of(plain).iter().map(String::as_str);
+        let spelled = found.first().map_or(name, String::as_str);
+        let help = match self.stage(plain) {
+            Some(_) if points.len() == 0 => Some("no `matrix` reaches that stage".to_owned()),
+            Some(_) => suggest(spelled, points),
+            None => {
+                let names = self.stages.iter().map(|s| s.name.as_str());
+                suggest(plain, names.filter(|s| !s.contains('@')))
+            }
+        };
+        let message = format!("no point `{name}` in {}", self.path.display());
         Err(PipelineError::plain(message, help))
     }
 }

@@ -138,6 +138,8 @@ fn a_stage_that_follows_one_point_is_not_expanded() {
     assert_eq!(space.runs("report"), 1);
     let none = space.pipe(&["run", "report@*"]).code(3);
     assert!(none.err.contains("report@*"), "{}", none.err);
+    let unknown = space.pipe(&["run", "trian@*"]).code(3);
+    assert!(unknown.err.contains("did you mean `train`?"), "{}", unknown.err);
 }
 
 #[test]
