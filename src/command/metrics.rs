@@ -1,6 +1,6 @@
 //! `pipe metrics`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::{Value, json};
 
@@ -11,6 +11,8 @@ use crate::exit_code;
 
 /// Larger files are no metrics.
 const LARGEST: u64 = 16 << 20;
+/// Metrics that fit beside each other.
+const MOST_COLUMNS: usize = 6;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
@@ -78,7 +80,7 @@ fn show(
         [] => vec![Side::now(project, None)?],
         sides => sides.iter().map(|s| context.side(project, s)).collect::<Result<Vec<_>, _>>()?,
     };
-    let (mut rows, mut listed) = (Vec::new(), Vec::new());
+    let (mut found, mut listed) = (Vec::new(), Vec::new());
     for side in &sides {
         for entry in &side.entries {
             // Only what was named must be there.
@@ -86,22 +88,39 @@ fn show(
                 cached(side, entry)?;
             }
             let Some(numbers) = numbers(project, entry, which)? else { continue };
-            for (path, value) in &numbers {
-                rows.push(vec![entry.stage.clone(), path.clone(), value.to_string()]);
-            }
             let fingerprint = entry.record.as_ref().map(|r| r.fingerprint);
             listed.push(json!({"from": side.name, "stage": entry.stage, "point": entry.point,
                 "fingerprint": fingerprint, "metrics": numbers}));
+            let place = if side.place.is_empty() { "" } else { &format!("{}:", side.place) };
+            found.push((format!("{place}{}", entry.stage), numbers));
         }
     }
     if context.shared.json {
         display::out(&serde_json::to_string_pretty(&listed).unwrap_or_default());
-    } else if rows.is_empty() {
+    } else if found.is_empty() {
         display::note("no metrics in the cache for these stages");
     } else {
-        display::out(&table(&rows));
+        display::out(&table(&shown(&found)));
     }
     Ok(())
+}
+
+/// A line a metric; a line a stage where several stages have few metrics.
+fn shown(found: &[(String, BTreeMap<String, f64>)]) -> Vec<Vec<String>> {
+    let metrics: BTreeSet<&String> = found.iter().flat_map(|(_, numbers)| numbers.keys()).collect();
+    if found.len() == 1 || metrics.len() > MOST_COLUMNS {
+        let line = |stage: &String, (path, value): (&String, &f64)| {
+            vec![stage.clone(), path.clone(), number(*value)]
+        };
+        return found.iter().flat_map(|(s, n)| n.iter().map(move |m| line(s, m))).collect();
+    }
+    let heads = std::iter::once("stage".to_owned()).chain(metrics.iter().map(|m| (*m).clone()));
+    let mut rows = vec![heads.collect()];
+    for (stage, numbers) in found {
+        let cell = |metric: &&String| numbers.get(*metric).map_or("-".to_owned(), |v| number(*v));
+        rows.push(std::iter::once(stage.clone()).chain(metrics.iter().map(cell)).collect());
+    }
+    rows
 }
 
 fn diff(

@@ -24,6 +24,8 @@ const LAST: &str = "last";
 pub(super) struct Side {
     /// As it was asked for.
     pub(super) name: String,
+    /// The run or revision; empty for the pipeline as it is written now.
+    pub(super) place: String,
     /// A stage was asked for, not all of them.
     named: bool,
     pub(super) entries: Vec<Entry>,
@@ -70,7 +72,8 @@ impl Side {
             })
         };
         let entries = chosen.into_iter().filter_map(entry).collect();
-        Ok(Self { name: stage.unwrap_or("now").to_owned(), named: stage.is_some(), entries })
+        let name = stage.unwrap_or("now").to_owned();
+        Ok(Self { name, place: String::new(), named: stage.is_some(), entries })
     }
 
     /// What a run ran or reused.
@@ -97,7 +100,8 @@ impl Side {
                 record: record.map(Arc::new),
             });
         }
-        Ok(Self { name: run.id.clone(), named: stage.is_some(), entries })
+        let name = run.id.clone();
+        Ok(Self { name, place: String::new(), named: stage.is_some(), entries })
     }
 
     /// Both sides stage by stage: one named stage with each named on the other side, else by name.
@@ -145,6 +149,7 @@ impl Context<'_> {
             }
         };
         text.clone_into(&mut side.name);
+        place.clone_into(&mut side.place);
         Ok(side)
     }
 

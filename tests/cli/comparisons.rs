@@ -52,8 +52,11 @@ fn git(space: &Space, args: &[&str]) {
 fn metrics_are_shown_and_compared_between_points() {
     let space = evaluated();
     let shown = space.pipe(&["metrics", "show", "eval@*", "--metric", "accuracy"]).code(0).out;
-    let expected = "eval         accuracy.value  0.2\neval@good=1  accuracy.value  0.1\neval@good=3  accuracy.value  0.3\n";
+    let expected =
+        "stage        accuracy.value\neval         0.2\neval@good=1  0.1\neval@good=3  0.3\n";
     assert_eq!(shown, expected);
+    let one = space.pipe(&["metrics", "show", "last:eval"]).code(0).out;
+    assert_eq!(one, "last:eval  accuracy.value  0.2\nlast:eval  rows            3\n");
     let all = read(&space, &["metrics", "show"]);
     assert_eq!(all[1]["point"], json!({"good": 1}));
     assert_eq!(all[1]["metrics"], json!({"accuracy.value": 0.1, "rows": 3.0}));
