@@ -4,9 +4,15 @@ mod graph;
 mod init;
 mod kinds;
 mod logs;
+mod metrics;
 mod outputs;
+mod params;
 mod plan;
+mod predictions;
+mod revision;
 mod run;
+mod runs;
+mod side;
 mod why;
 
 use std::fmt;
@@ -77,6 +83,14 @@ enum Command {
     Graph(graph::Args),
     /// Print the newest log of a stage
     Logs(logs::Args),
+    /// Show or compare what stages measured
+    Metrics(metrics::Args),
+    /// Compare params
+    Params(params::Args),
+    /// Compare predictions row by row
+    Predictions(predictions::Args),
+    /// List, show or compare runs
+    Runs(runs::Args),
     /// Write a commented starter pipeline
     Init(init::Args),
     /// List the stage kinds, or the params, inputs and outputs of one
@@ -165,10 +179,20 @@ impl Project {
 
     /// The stage called `name`.
     fn stage(&self, name: &str) -> Result<&crate::pipeline::Stage, CommandError> {
-        self.pipeline.stage(name).ok_or_else(|| {
+        let stages = self.pipeline.points.resolve(name);
+        let canonical = match stages.as_slice() {
+            [one] => one.as_str(),
+            _ => name,
+        };
+        self.pipeline.stage(canonical).ok_or_else(|| {
             let names = self.pipeline.stages.iter().map(|s| s.name.as_str());
-            let help = crate::pipeline::suggest(name, names);
-            CommandError::Usage { message: format!("no stage `{name}`"), help }
+            let points = names.filter(|s| s.contains('@') == name.contains('@'));
+            let help = crate::pipeline::suggest(name, points);
+            let message = match stages.len() {
+                0 | 1 => format!("no stage `{name}`"),
+                several => format!("`{name}` is {several} stages: name one"),
+            };
+            CommandError::Usage { message, help }
         })
     }
 }
@@ -247,6 +271,10 @@ pub fn main(kinds: &[&dyn StageKind]) -> ExitCode {
         Command::Outputs(args) => outputs::run(&context, &args),
         Command::Graph(args) => graph::run(&context, &args),
         Command::Logs(args) => logs::run(&context, &args),
+        Command::Metrics(args) => metrics::run(&context, &args),
+        Command::Params(args) => params::run(&context, &args),
+        Command::Predictions(args) => predictions::run(&context, &args),
+        Command::Runs(args) => runs::run(&context, &args),
         Command::Init(args) => init::run(&context, &args),
         Command::Kinds(args) => kinds::run(&context, &args),
     };

@@ -3,12 +3,15 @@
 //! Data goes to standard output, everything else to standard error.
 
 mod plain;
+mod table;
 mod terminal;
 
 use std::fmt::Write as _;
 use std::io::{self, IsTerminal, Write};
 
 use miette::{Diagnostic, GraphicalReportHandler, GraphicalTheme};
+
+pub use table::table;
 
 use crate::event::Event;
 

@@ -8,7 +8,7 @@ use petgraph::Direction;
 use petgraph::algo::tarjan_scc;
 use petgraph::graph::{DiGraph, NodeIndex};
 
-use crate::pipeline::{InputRef, Pipeline, Stage};
+use crate::pipeline::{Gathered, InputRef, Pipeline, Stage};
 
 /// Stages and who needs whom.
 #[derive(Debug)]
@@ -106,8 +106,13 @@ fn labelled_edges(pipeline: &Pipeline) -> Vec<(&str, &str, &str)> {
     let mut edges = Vec::new();
     for stage in &pipeline.stages {
         for input in stage.inputs.values() {
-            let InputRef::Output { stage: from, output } = &input.from else { continue };
-            edges.push((from.as_str(), stage.name.as_str(), output.as_str()));
+            let (InputRef::Output { output, .. } | InputRef::Gathered(Gathered { output, .. })) =
+                &input.from
+            else {
+                continue;
+            };
+            let from = input.from.stages().into_iter();
+            edges.extend(from.map(|from| (from, stage.name.as_str(), output.as_str())));
         }
     }
     edges
@@ -128,6 +133,11 @@ fn edges(stages: &[Stage]) -> DiGraph<(), ()> {
         }
     }
     graph
+}
+
+/// Indices of stages without circles, producers first.
+pub(crate) fn order(stages: &[Stage]) -> Vec<usize> {
+    topological(&edges(stages))
 }
 
 /// Kahn's algorithm; the lowest file position first among the ready ones.

@@ -64,17 +64,30 @@ impl Lockfile {
         let text = match fs::read(&path) {
             Ok(text) => text,
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
-                return Ok(Self { path, sources: BTreeMap::new() });
+                return Ok(Self::empty(path));
             }
             Err(source) => return Err(LockError::Io { doing: "read", path, source }),
         };
+        Self::parse(path, &text)
+    }
+
+    /// A lock file that is not there.
+    pub fn empty(path: PathBuf) -> Self {
+        Self { path, sources: BTreeMap::new() }
+    }
+
+    /// Reads the text of a lock file; `path` is for messages.
+    ///
+    /// # Errors
+    /// [`LockError::Content`] where it does not parse.
+    pub fn parse(path: PathBuf, text: &[u8]) -> Result<Self, LockError> {
         let content = |line, column, message| LockError::Content {
             path: path.clone(),
             line,
             column,
             message,
         };
-        let parsed: Content = serde_json::from_slice(&text).map_err(|e| {
+        let parsed: Content = serde_json::from_slice(text).map_err(|e| {
             content(e.line(), e.column(), format!("{e}; delete the file to resolve anew"))
         })?;
         if parsed.version != VERSION {

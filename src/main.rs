@@ -18,6 +18,7 @@ fn main() -> ExitCode {
         &stage_train::Train,
         #[cfg(feature = "stages")]
         &stage_report::Report,
+        &stage_select::Select,
         &stage_command::Command,
     ])
 }

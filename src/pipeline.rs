@@ -3,6 +3,9 @@
 //! Loading reads the one file and nothing else; whether local inputs exist is the planner's
 //! question.
 
+mod expand;
+mod matrix;
+mod points;
 mod problem;
 mod read;
 mod variables;
@@ -13,6 +16,7 @@ use std::path::{Path, PathBuf};
 use contract::{OutputSpec, Signature, StageKind};
 use serde_json::Value;
 
+pub use points::{PointParams, Points, plain_stage, point_label};
 pub use problem::{PipelineError, Problem, Sources, suggest};
 
 use crate::yaml::Place;
@@ -46,6 +50,8 @@ pub struct Pipeline {
     pub stages: Vec<Stage>,
     /// Targets by name, each a list of stages or other targets.
     pub targets: BTreeMap<String, Vec<String>>,
+    /// Names of the points of its sweeps.
+    pub points: Points,
     /// Texts, for reports.
     pub sources: Sources,
 }
@@ -96,15 +102,46 @@ pub enum InputRef {
     },
     /// A file or folder, relative to the pipeline file.
     Local(PathBuf),
+    /// One output of every point of a stage, as a folder.
+    Gathered(Gathered),
+}
+
+/// One output of every point of a stage.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Gathered {
+    /// The plain stage.
+    pub stage: String,
+    /// Output.
+    pub output: String,
+    /// The points, in the order of the matrix.
+    pub members: Vec<Member>,
+}
+
+/// One point of a gathered stage.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Member {
+    /// Name of the point's stage.
+    pub stage: String,
+    /// Its swept params, the unchanged ones included.
+    pub params: PointParams,
+}
+
+impl InputRef {
+    /// Every stage that it reads.
+    pub fn stages(&self) -> Vec<&str> {
+        match self {
+            Self::Output { stage, .. } => vec![stage],
+            Self::Local(_) => Vec::new(),
+            Self::Gathered(gathered) if gathered.members.is_empty() => vec![&gathered.stage],
+            Self::Gathered(gathered) => gathered.members.iter().map(|m| &*m.stage).collect(),
+        }
+    }
 }
 
 impl Stage {
     /// Names of the stages whose outputs it reads, each once.
     pub fn needs(&self) -> impl Iterator<Item = &str> {
-        let stages = self.inputs.values().filter_map(|input| match &input.from {
-            InputRef::Output { stage, .. } => Some(stage.as_str()),
-            InputRef::Local(_) => None,
-        });
+        let stages = self.inputs.values().flat_map(|input| input.from.stages());
         stages.collect::<BTreeSet<_>>().into_iter()
     }
 
@@ -171,6 +208,14 @@ impl Pipeline {
     }
 
     fn resolve_name(&self, name: &str, into: &mut Vec<String>) -> Result<(), PipelineError> {
+        if name.contains('@') && !self.targets.contains_key(name) {
+            for point in self.resolve_points(name)? {
+                if !into.contains(&point) {
+                    into.push(point);
+                }
+            }
+            return Ok(());
+        }
         if self.stage(name).is_some() {
             if !into.iter().any(|n| n == name) {
                 into.push(name.to_owned());
@@ -180,9 +225,33 @@ impl Pipeline {
         if let Some(members) = self.targets.get(name) {
             return members.iter().try_for_each(|member| self.resolve_name(member, into));
         }
-        let known = self.stages.iter().map(|s| s.name.as_str());
+        let known = self.stages.iter().map(|s| s.name.as_str()).filter(|s| !s.contains('@'));
         let help = suggest(name, known.chain(self.targets.keys().map(String::as_str)));
         let message = format!("no stage or target `{name}` in {}", self.path.display());
         Err(PipelineError::plain(message, help))
     }
+
+    /// The stages that the name of a point, or `STAGE@*`, stands for.
+    fn resolve_points(&self, name: &str) -> Result<Vec<String>, PipelineError> {
+        let found = self.points.resolve(name);
+        if !found.is_empty() && found.iter().all(|p| self.stage(p).is_some()) {
+            return Ok(found);
+        }
+        let plain = plain_stage(name);
+        let points = self.points.of(plain).iter().map(String::as_str);
+        let spelled = found.first().map_or(name, String::as_str);
+        let help = match self.stage(plain) {
+            Some(_) if points.len() == 0 => Some("no `matrix` reaches that stage".to_owned()),
+            Some(_) => suggest(spelled, points),
+            None => {
+                let names = self.stages.iter().map(|s| s.name.as_str());
+                suggest(plain, names.filter(|s| !s.contains('@')))
+            }
+        };
+        let message = format!("no point `{name}` in {}", self.path.display());
+        Err(PipelineError::plain(message, help))
+    }
 }
+
+#[cfg(test)]
+mod tests;

@@ -16,6 +16,7 @@ pub use reason::Reason;
 use crate::cache::{Cache, CacheError};
 use crate::digest::{Digest, Fingerprint};
 use crate::fingerprint::{Identity, SCHEMA};
+use crate::gather;
 use crate::graph::StageGraph;
 use crate::lockfile::Lockfile;
 use crate::pipeline::{InputRef, Pipeline, PipelineError, Problem, Stage};
@@ -258,6 +259,13 @@ impl Planner<'_> {
     ) -> Result<Identity, PlanError> {
         let mut inputs: BTreeMap<String, Digest> = self.local_inputs(stage)?;
         for (name, input) in &stage.inputs {
+            if let InputRef::Gathered(gathered) = &input.from {
+                match gather::digest(gathered, records) {
+                    Ok(digest) => inputs.extend([(name.clone(), digest)]),
+                    Err(missing) => self.missing(stage, name, &missing, &gathered.output)?,
+                }
+                continue;
+            }
             let InputRef::Output { stage: from, output } = &input.from else { continue };
             let made = records.get(from).and_then(|r| r.outputs.get(output));
             match made {
@@ -308,9 +316,16 @@ impl Planner<'_> {
     ) -> Result<(), PlanError> {
         let required = stage.signature.free_inputs
             || stage.signature.inputs.iter().any(|i| i.name == input && i.required);
-        if !required {
-            return Ok(());
-        }
+        if required { self.missing(stage, input, from, output) } else { Ok(()) }
+    }
+
+    fn missing(
+        &self,
+        stage: &Stage,
+        input: &str,
+        from: &str,
+        output: &str,
+    ) -> Result<(), PlanError> {
         let place = stage.inputs[input].place;
         let problem = Problem::at(
             format!("stage `{}` needs `{from}.{output}`, which `{from}` did not make", stage.name),
@@ -350,11 +365,14 @@ impl Planner<'_> {
         };
         let mut inputs = self.local_inputs(stage)?;
         for (name, input) in &stage.inputs {
-            let InputRef::Output { stage: from, output } = &input.from else { continue };
             let old = last.identity.inputs.get(name).copied();
-            let new = match records.get(from) {
-                Some(record) => record.outputs.get(output).map(|o| o.digest),
-                None => old,
+            let new = match &input.from {
+                InputRef::Local(_) => continue,
+                InputRef::Gathered(gathered) => gather::digest(gathered, records).ok().or(old),
+                InputRef::Output { stage: from, output } => match records.get(from) {
+                    Some(record) => record.outputs.get(output).map(|o| o.digest),
+                    None => old,
+                },
             };
             inputs.extend(new.map(|digest| (name.clone(), digest)));
         }

@@ -47,6 +47,16 @@ impl Cache {
         })
     }
 
+    /// Writes a file into the working area, beside what [`Cache::materialise`] put there.
+    ///
+    /// # Errors
+    /// [`CacheError`] when the disk refuses.
+    pub fn write_working_file(&self, to: &Path, text: &[u8]) -> Result<(), CacheError> {
+        super::durable::create_parent(to)
+            .and_then(|()| fs::write(to, text))
+            .map_err(|e| CacheError::io("write", to, e))
+    }
+
     /// Removes a file or folder that `copy_out` is about to replace.
     ///
     /// # Errors

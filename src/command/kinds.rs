@@ -40,6 +40,7 @@ fn example(kind: &str) -> Value {
     match kind {
         "download" => json!({"source": {"path": "data"}}),
         "subsample" => json!({"format": "chat-jsonl", "train": [0, 100], "test": [100, 120]}),
+        "select" => json!({"metric": "strict_accuracy.value"}),
         "command" => json!({"run": "…", "outputs": {"result": {"file": "result.txt"}}}),
         _ => Value::Null,
     }

@@ -9,6 +9,7 @@ use crate::display::{Mode, RunDisplay};
 use crate::exit_code;
 use crate::plan::PlanOptions;
 use crate::runner::{self, RunOptions};
+use crate::runs::RunLog;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
@@ -66,8 +67,13 @@ pub(super) fn run(context: &Context<'_>, args: &Args) -> Result<u8, CommandError
 
     let mut lock = project.lock.clone();
     let planner = project.planner(&options);
-    let mut show = |event| display.show(&event);
+    let mut log = RunLog::new(&project.pipeline, &args.names, &context.shared.set);
+    let mut show = |event| {
+        log.observe(&event);
+        display.show(&event);
+    };
     let summary = runner::run(planner, &mut lock, &selection, &run_options, &mut show)?;
+    log.finish().iter().for_each(|record| project.cache.put_run(record));
     project.lock = lock;
     Ok(match summary {
         summary if summary.interrupted => exit_code::INTERRUPTED,

@@ -134,6 +134,8 @@ impl PipelineError {
     /// The problems, each with its source.
     pub fn of(mut problems: Vec<Problem>, sources: &Sources) -> Self {
         problems.sort_by_key(|p| p.labels.first().map(|(place, _)| *place));
+        // Points of a sweep share what is wrong with them.
+        problems.dedup_by(|a, b| a.message == b.message && a.labels == b.labels);
         Self(problems.into_iter().map(|p| p.located(sources)).collect())
     }
 

@@ -8,12 +8,12 @@ use serde_json::Value;
 
 use super::problem::{PipelineError, Problem, Sources, suggest};
 use super::variables::{Variables, apply_set};
-use super::{Input, InputRef, Kinds, Pipeline, Stage};
+use super::{Gathered, Input, InputRef, Kinds, Pipeline, Points, Stage, expand};
 use crate::yaml::{self, Key, Node, Place, Tree, YamlError};
 
 const TOP_KEYS: [&str; 5] = ["name", "description", "params", "targets", "stages"];
-const STAGE_KEYS: [&str; 7] =
-    ["kind", "params", "inputs", "env", "pass_env", "require", "description"];
+const STAGE_KEYS: [&str; 8] =
+    ["kind", "params", "matrix", "inputs", "env", "pass_env", "require", "description"];
 
 pub(super) fn pipeline(
     path: &Path,
@@ -25,11 +25,19 @@ pub(super) fn pipeline(
     let shown = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy();
     let mut sources = Sources::new(&shown, text);
     let root = document(text, sets, &mut sources)?;
-    let mut reader = Reader { kinds, problems: Vec::new() };
-    let (stages, targets) = reader.top(&root);
+    let mut reader = Reader { kinds, problems: Vec::new(), pins: BTreeMap::new() };
+    let (mut stages, targets) = reader.top(&root);
     reader.references(&stages);
     reader.cycles(&stages);
-    reader.targets(&targets, &stages);
+    let mut points = Points::default();
+    if reader.problems.is_empty() {
+        let plain = stages.len();
+        (stages, points) = expand::expand(&mut reader, &root, stages);
+        if stages.len() > plain {
+            reader.references(&stages);
+        }
+    }
+    reader.targets(&targets, &stages, &points);
     if !reader.problems.is_empty() {
         return Err(PipelineError::of(reader.problems, &sources));
     }
@@ -43,7 +51,7 @@ pub(super) fn pipeline(
         .into_iter()
         .map(|(key, members)| (key.name, members.into_iter().map(|(name, _)| name).collect()))
         .collect();
-    Ok(Pipeline { path: path.to_owned(), dir, name, stages, targets, sources })
+    Ok(Pipeline { path: path.to_owned(), dir, name, stages, targets, points, sources })
 }
 
 /// Names the first output where a reference names the stage alone.
@@ -53,7 +61,8 @@ fn with_default_outputs(mut stages: Vec<Stage>) -> Vec<Stage> {
         .filter_map(|s| Some((s.name.clone(), s.signature.outputs.first()?.name.clone())))
         .collect();
     for input in stages.iter_mut().flat_map(|s| s.inputs.values_mut()) {
-        if let InputRef::Output { stage, output } = &mut input.from
+        if let InputRef::Output { stage, output }
+        | InputRef::Gathered(Gathered { stage, output, .. }) = &mut input.from
             && output.is_empty()
         {
             output.clone_from(&first[stage]);
@@ -104,9 +113,11 @@ fn syntax(error: YamlError) -> Problem {
 
 type Targets = Vec<(Key, Vec<(String, Place)>)>;
 
-struct Reader<'a> {
-    kinds: Kinds<'a>,
-    problems: Vec<Problem>,
+pub(super) struct Reader<'a> {
+    pub(super) kinds: Kinds<'a>,
+    pub(super) problems: Vec<Problem>,
+    /// `at` of the inputs that follow one point, by stage and input.
+    pub(super) pins: BTreeMap<(String, String), Node>,
 }
 
 impl Reader<'_> {
@@ -145,7 +156,12 @@ impl Reader<'_> {
         entries.iter().map(|(key, node)| (key.clone(), self.strings(node, "a target"))).collect()
     }
 
-    fn stage(&mut self, key: &Key, node: &Node, variables: &Variables<'_>) -> Option<Stage> {
+    pub(super) fn stage(
+        &mut self,
+        key: &Key,
+        node: &Node,
+        variables: &Variables<'_>,
+    ) -> Option<Stage> {
         let usable = !key.name.is_empty()
             && key.name.chars().all(|c| c.is_alphanumeric() || "-_".contains(c));
         if !usable {
@@ -226,6 +242,12 @@ impl Reader<'_> {
                 continue;
             }
             let node = variables.expand(node, &mut self.problems);
+            if let Some(at) = node.get("at") {
+                // The plain stage is read before its points and decides for them.
+                self.pins
+                    .entry((key.name.clone(), name.name.clone()))
+                    .or_insert_with(|| at.clone());
+            }
             if let Some(from) = self.reference(&node) {
                 inputs.insert(name.name.clone(), Input { from, place: node.place });
             }
@@ -251,13 +273,57 @@ impl Reader<'_> {
 
     fn reference(&mut self, node: &Node) -> Option<InputRef> {
         if let Tree::Map(entries) = &node.tree {
-            self.unknown_keys(entries, &["path"], "an input");
-            let path = self.string(node.get("path")?, "path")?;
-            return Some(InputRef::Local(PathBuf::from(path)));
+            return self.mapped_reference(node, entries);
         }
         let text = self.string(node, "an input (`STAGE.OUTPUT`, or `{path: FILE}`)")?;
+        if text.contains('@') {
+            let message = format!("`{text}` names a point");
+            self.problems.push(Problem::at(message, node.place, "here").help(
+                "an input follows one point as `{from: STAGE.OUTPUT, at: {PARAM: VALUE}}` \
+                 (`at: {}` is the default) and takes all as `{gather: STAGE.OUTPUT}`",
+            ));
+            return None;
+        }
         let (stage, output) = text.split_once('.').unwrap_or((&text, ""));
         Some(InputRef::Output { stage: stage.to_owned(), output: output.to_owned() })
+    }
+
+    /// `{path: FILE}`, `{gather: STAGE.OUTPUT}` or `{from: STAGE.OUTPUT, at: {PARAM: VALUE}}`.
+    fn mapped_reference(&mut self, node: &Node, entries: &[(Key, Node)]) -> Option<InputRef> {
+        let known: &[&str] = match (node.get("gather"), node.get("from")) {
+            (Some(_), _) => &["gather"],
+            (None, Some(_)) => &["from", "at"],
+            (None, None) => &["path", "gather", "from"],
+        };
+        self.unknown_keys(entries, known, "an input");
+        if let Some(gather) = node.get("gather") {
+            let InputRef::Output { stage, output } = self.plain_reference(gather)? else {
+                return None;
+            };
+            return Some(InputRef::Gathered(Gathered { stage, output, members: Vec::new() }));
+        }
+        if let Some(from) = node.get("from") {
+            match node.get("at") {
+                Some(at) => drop(self.map(at, "`at`")),
+                None => self.problems.push(
+                    Problem::at("`from` without `at`", node.place, "here")
+                        .help("`at: {PARAM: VALUE}` names the point; `at: {}` is the default"),
+                ),
+            }
+            return self.plain_reference(from);
+        }
+        let Some(path) = node.get("path") else {
+            if entries.is_empty() {
+                self.wrong_type(node, "an input", "`STAGE.OUTPUT`, or `{path: FILE}`");
+            }
+            return None;
+        };
+        Some(InputRef::Local(PathBuf::from(self.string(path, "path")?)))
+    }
+
+    fn plain_reference(&mut self, node: &Node) -> Option<InputRef> {
+        self.string(node, "`gather` and `from`")?;
+        self.reference(node)
     }
 
     fn environment(&mut self, node: &Node, variables: &Variables<'_>, stage: &mut Stage) {
@@ -300,7 +366,11 @@ impl Reader<'_> {
     fn references(&mut self, stages: &[Stage]) {
         for stage in stages {
             for input in stage.inputs.values() {
-                let InputRef::Output { stage: from, output } = &input.from else { continue };
+                let (InputRef::Output { stage: from, output }
+                | InputRef::Gathered(Gathered { stage: from, output, .. })) = &input.from
+                else {
+                    continue;
+                };
                 let Some(upstream) = stages.iter().find(|s| s.name == *from) else {
                     // A stage that is there and did not parse has a problem of its own.
                     if self.problems.is_empty() {
@@ -346,10 +416,7 @@ impl Reader<'_> {
             let mut problem: Option<Problem> = None;
             for (at, index) in cycle.iter().enumerate() {
                 let next = circle[(at + 1) % circle.len()];
-                let edge = stages[*index]
-                    .inputs
-                    .values()
-                    .find(|i| matches!(&i.from, InputRef::Output { stage, .. } if stage == next));
+                let edge = stages[*index].inputs.values().find(|i| i.from.stages().contains(&next));
                 let Some(edge) = edge else { continue };
                 let label = format!("`{}` needs `{next}`", stages[*index].name);
                 problem = Some(match problem {
@@ -362,7 +429,7 @@ impl Reader<'_> {
         }
     }
 
-    fn targets(&mut self, targets: &Targets, stages: &[Stage]) {
+    fn targets(&mut self, targets: &Targets, stages: &[Stage], points: &Points) {
         let known = || {
             let stages = stages.iter().map(|s| s.name.as_str());
             stages.chain(targets.iter().map(|(key, _)| key.name.as_str()))
@@ -379,7 +446,10 @@ impl Reader<'_> {
                 );
             }
             for (name, place) in members {
-                if !known().any(|k| k == name) && self.problems.is_empty() {
+                let stands_for = points.resolve(name);
+                let there = !stands_for.is_empty()
+                    && stands_for.iter().all(|stage| known().any(|k| k == stage));
+                if !there && self.problems.is_empty() {
                     let help = suggest(name, known());
                     self.problems.push(
                         Problem::at(format!("no stage or target `{name}`"), *place, "unknown")
@@ -397,7 +467,7 @@ impl Reader<'_> {
         }
     }
 
-    fn map<'n>(&mut self, node: &'n Node, what: &str) -> Option<&'n [(Key, Node)]> {
+    pub(super) fn map<'n>(&mut self, node: &'n Node, what: &str) -> Option<&'n [(Key, Node)]> {
         match &node.tree {
             Tree::Map(entries) => Some(entries),
             Tree::Scalar(Value::Null) => Some(&[]),

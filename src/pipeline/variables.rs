@@ -1,5 +1,7 @@
 //! Variables: `params:` at the top of the file, `${a.b}` in stages, `--set a.b=VALUE`.
 
+use std::collections::BTreeSet;
+
 use serde_json::Value;
 
 use crate::pipeline::problem::{Problem, suggest};
@@ -120,6 +122,26 @@ impl<'a> Variables<'a> {
         value
     }
 
+    /// Adds the dotted paths of all variables that a value reads, those of variables included.
+    pub(crate) fn read_by(&self, node: &Node, into: &mut BTreeSet<String>) {
+        match &node.tree {
+            Tree::Scalar(_) => {}
+            Tree::Text(text) => {
+                for part in parts(text).unwrap_or_default() {
+                    let Part::Variable(path) = part else { continue };
+                    let found = path.split('.').try_fold(self.root, |n, s| Some(n?.get(s)));
+                    if into.insert(path)
+                        && let Some(found) = found.flatten()
+                    {
+                        self.read_by(found, into);
+                    }
+                }
+            }
+            Tree::List(items) => items.iter().for_each(|n| self.read_by(n, into)),
+            Tree::Map(entries) => entries.iter().for_each(|(_, n)| self.read_by(n, into)),
+        }
+    }
+
     /// Dotted paths of all variables.
     pub(crate) fn names(&self) -> Vec<String> {
         let mut names = Vec::new();
@@ -216,7 +238,8 @@ fn find<'a>(node: &'a Node, steps: &[&str]) -> Option<&'a Node> {
     steps.iter().try_fold(node, |n, step| n.get(step))
 }
 
-fn put(node: &mut Node, steps: &[&str], at: Place, value: Node) -> Result<(), Problem> {
+/// Replaces or adds the value under `steps`.
+pub(super) fn put(node: &mut Node, steps: &[&str], at: Place, value: Node) -> Result<(), Problem> {
     let Some((step, rest)) = steps.split_first() else {
         *node = value;
         return Ok(());

@@ -141,6 +141,7 @@ fn inputs(stage: &Stage, old: &Identity, new: &Identity, found: &mut Vec<Reason>
         let from = match stage.inputs.get(name).map(|i| &i.from) {
             Some(InputRef::Output { stage, output }) => format!("{stage}.{output}"),
             Some(InputRef::Local(path)) => path.display().to_string(),
+            Some(InputRef::Gathered(g)) => format!("{}@*.{}", g.stage, g.output),
             None => String::new(),
         };
         found.push(Reason::Input { input: name.clone(), old: short(a), new: short(b), from });

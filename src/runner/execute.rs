@@ -19,6 +19,7 @@ use crate::cache::{
     Acquired, CacheError, Lease, Scratch, WorkDir, differing_artifacts, unix_seconds,
 };
 use crate::fingerprint::Identity;
+use crate::gather;
 use crate::pipeline::{InputRef, Stage};
 use crate::plan::{Planner, Records};
 use crate::process::StageProcess;
@@ -210,6 +211,11 @@ fn request(
         match &input.from {
             InputRef::Local(path) => {
                 inputs.insert(name.clone(), planner.pipeline.dir.join(path));
+            }
+            InputRef::Gathered(gathered) => {
+                let to = work.path().join("in").join(name);
+                gather::materialise(gathered, &job.records, planner.cache, &to)?;
+                inputs.insert(name.clone(), to);
             }
             InputRef::Output { stage: from, output } => {
                 let Some(made) = job.records.get(from).and_then(|r| r.outputs.get(output)) else {

@@ -4,7 +4,9 @@
 
 mod caching;
 mod commands;
+mod comparisons;
 mod diagnostics;
 mod failures;
 mod processes;
 mod space;
+mod sweeps;

@@ -1,0 +1,78 @@
+//! Gathered inputs: one output of every point of a stage, handed over as a folder.
+//!
+//! The folder has one entry a point, `<point>/<file name>`, and `index.json`, which lists the
+//! points in the order of the matrix: `[{"point", "path", "params"}]`.
+
+use std::path::Path;
+
+use serde_json::{Value, json};
+
+use crate::cache::{Cache, CacheError};
+use crate::digest::Digest;
+use crate::fingerprint::canonical;
+use crate::pipeline::{Gathered, point_label};
+use crate::plan::Records;
+use crate::record::OutputRecord;
+
+/// Name of the listing inside the folder.
+pub const INDEX: &str = "index.json";
+
+/// One point and what it made.
+struct Entry<'a> {
+    point: &'a str,
+    params: &'a crate::pipeline::PointParams,
+    output: &'a OutputRecord,
+}
+
+impl Entry<'_> {
+    fn path(&self) -> String {
+        format!("{}/{}", self.point, self.output.file_name)
+    }
+
+    fn listed(&self) -> Value {
+        json!({"point": self.point, "path": self.path(), "params": self.params})
+    }
+}
+
+/// Digest of a gathered input: of names, params and contents. The first point whose output is
+/// missing, if any, is the error.
+pub fn digest(gathered: &Gathered, records: &Records) -> Result<Digest, String> {
+    let listed = entries(gathered, records)?;
+    let listed = listed.iter().map(|entry| {
+        let mut listed = entry.listed();
+        listed["digest"] = json!(entry.output.digest);
+        listed["form"] = json!(entry.output.form);
+        listed
+    });
+    Ok(Digest::of(canonical(&listed.collect()).as_bytes()))
+}
+
+/// Makes the folder at `to`.
+///
+/// # Errors
+/// [`CacheError`] where an object is missing or the disk refuses.
+pub fn materialise(
+    gathered: &Gathered,
+    records: &Records,
+    cache: &Cache,
+    to: &Path,
+) -> Result<(), CacheError> {
+    let entries = entries(gathered, records).map_err(|missing| {
+        CacheError::Damaged(format!("stage `{missing}` has no output `{}`", gathered.output))
+    })?;
+    for entry in &entries {
+        cache.materialise(entry.output, &to.join(entry.path()))?;
+    }
+    let index: Value = entries.iter().map(Entry::listed).collect();
+    let text = serde_json::to_vec_pretty(&index).unwrap_or_default();
+    cache.write_working_file(&to.join(INDEX), &text)
+}
+
+fn entries<'a>(gathered: &'a Gathered, records: &'a Records) -> Result<Vec<Entry<'a>>, String> {
+    let entry = |member: &'a crate::pipeline::Member| {
+        let made = records.get(&member.stage).and_then(|r| r.outputs.get(&gathered.output));
+        let output = made.ok_or_else(|| member.stage.clone())?;
+        Ok(Entry { point: point_label(&member.stage), params: &member.params, output })
+    };
+    gathered.members.iter().map(entry).collect()
+}
