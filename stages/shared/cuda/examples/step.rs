@@ -135,7 +135,8 @@ fn time(name: &str, activations: &str, steps: usize) {
         clip: 1.0,
     };
     let maps: Vec<f32> = (0..512).map(|i| (i % 256) as f32 / 128.0 - 1.0).collect();
-    let mut optimizer = Optimizer::new(&device, settings, &tensors, &maps).unwrap();
+    let mut optimizer =
+        Optimizer::new(&device, settings, &tensors, &maps, Some(step.spare())).unwrap();
     let tokens: Vec<i32> = (0..n).map(|i| (i * 7919 % config.vocab_size) as i32).collect();
     let cu: Vec<i32> = (0..=rows).map(|r| (r * length) as i32).collect();
     let mut labels: Vec<i32> = tokens[1..].to_vec();

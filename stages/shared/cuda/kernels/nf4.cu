@@ -7,28 +7,30 @@ __device__ const float NF4[16] = {
     0.24611230194568634f, 0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f,
     0.7229568362236023f, 1.0f};
 
-// Decodes rows of `cols` elements (a multiple of 16) to `out` with row stride `ld`: 16 codes, 8 bytes
-// in and 32 out (of 2-byte elements), a thread.
+// Decodes rows of `cols` elements (a multiple of 8) to `out` with row stride `ld`: 8 codes a thread,
+// so that a warp reads 128 bytes and writes whole lines.
 extern "C" __global__ void nf4_decode(const u8* codes, const u8* absmax, const float* map,
                                       const float* nested, float offset, T* out, int cols, int ld,
                                       u64 count) {
   __shared__ float value[16];
   if (threadIdx.x < 16) value[threadIdx.x] = NF4[threadIdx.x];
   __syncthreads();
-  u64 at = ((u64)blockIdx.x * blockDim.x + threadIdx.x) * 16;
+  u32 at = (blockIdx.x * blockDim.x + threadIdx.x) * 8;
   if (at >= count) return;
-  u64 block = at / 64;
+  u32 block = at / 64;
+  u32 packed = *(const u32*)(codes + at / 2);
   float scale = map[absmax[block]] * nested[block / 256] + offset;
-  uint2 packed = *(const uint2*)(codes + at / 2);
-  __align__(16) T decoded[16];
-  for (int i = 0; i < 8; i++) {
-    u32 byte = ((i < 4 ? packed.x : packed.y) >> (8 * (i & 3))) & 255u;
+  __align__(16) T decoded[8];
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    u32 byte = (packed >> (8 * i)) & 255u;
     decoded[2 * i] = store(value[byte >> 4] * scale);
     decoded[2 * i + 1] = store(value[byte & 15] * scale);
   }
-  u64 row = at / cols, column = at % cols;
-  Pack* to = (Pack*)(out + row * ld + column);
-  for (int i = 0; i < 16 / VECTOR; i++) to[i] = ((Pack*)decoded)[i];
+  u32 row = at / (u32)cols, column = at - row * (u32)cols;
+  Pack* to = (Pack*)(out + (u64)row * ld + column);
+#pragma unroll
+  for (int i = 0; i < 8 / VECTOR; i++) to[i] = ((Pack*)decoded)[i];
 }
 
 // Random codes and scales for measurements: a hash of the index.

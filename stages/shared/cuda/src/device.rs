@@ -54,7 +54,8 @@ impl Dtype {
     }
 }
 
-const SOURCES: [(&str, &str); 5] = [
+const SOURCES: [(&str, &str); 6] = [
+    ("flash.cu", include_str!("../kernels/flash.cu")),
     ("layer.cu", include_str!("../kernels/layer.cu")),
     ("nf4.cu", include_str!("../kernels/nf4.cu")),
     ("loss.cu", include_str!("../kernels/loss.cu")),
@@ -71,6 +72,10 @@ pub struct Device {
     pub(crate) stream: Arc<CudaStream>,
     pub(crate) dtype: Dtype,
     arch: String,
+    /// Macro HEAD_DIM of the kernels.
+    pub(crate) head_dim: Cell<usize>,
+    /// Dynamic shared memory that each kernel has been allowed.
+    allowed: RefCell<HashMap<&'static str, usize>>,
     modules: RefCell<HashMap<&'static str, sys::CUmodule>>,
     functions: RefCell<HashMap<&'static str, sys::CUfunction>>,
     pub(crate) blas: blas::cublasLtHandle_t,
@@ -141,6 +146,8 @@ impl Device {
             context,
             stream,
             dtype,
+            head_dim: Cell::new(64),
+            allowed: RefCell::default(),
             modules: RefCell::default(),
             functions: RefCell::default(),
             plans: Plans::default(),
@@ -150,7 +157,13 @@ impl Device {
         };
         // SAFETY: plain allocation, kept for the life of the process.
         device.workspace.set(unsafe { result::malloc_sync(WORKSPACE as usize)? });
+        device.memory.live.set(WORKSPACE);
         Ok(device)
+    }
+
+    /// Whether the matrix units of this GPU take 16-bit operands by asynchronous copies (sm_80).
+    pub(crate) fn has_async_copies(&self) -> bool {
+        self.arch.trim_start_matches("sm_").parse::<u32>().is_ok_and(|arch| arch >= 80)
     }
 
     /// Name and architecture, for provenance.
@@ -295,7 +308,10 @@ impl Device {
             return Ok(*module);
         }
         let text = SOURCES.iter().find(|(name, _)| *name == file).map_or("", |(_, text)| text);
-        let defines = [format!("-DELEMENT={}", self.dtype.element())];
+        let defines = [
+            format!("-DELEMENT={}", self.dtype.element()),
+            format!("-DHEAD_DIM={}", self.head_dim.get()),
+        ];
         let source = format!("{COMMON}\n#line 1\n{text}");
         let code = compile::cubin(file, &source, &self.arch, &defines)?;
         // SAFETY: machine code for this device; modules live as long as the process.
@@ -319,6 +335,27 @@ impl Device {
         Ok(function)
     }
 
+    /// More than 48 KiB of dynamic shared memory must be asked for.
+    fn allow_shared(
+        &self,
+        name: &'static str,
+        function: sys::CUfunction,
+        bytes: usize,
+    ) -> Result<(), CudaError> {
+        let mut allowed = self.allowed.borrow_mut();
+        let most = allowed.entry(name).or_insert(48 << 10);
+        if bytes > *most {
+            let attribute =
+                sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            // SAFETY: a loaded function.
+            unsafe {
+                result::function::set_function_attribute(function, attribute, bytes as i32)?;
+            }
+            *most = bytes;
+        }
+        Ok(())
+    }
+
     /// Launches a kernel; `args` point to its arguments in order.
     ///
     /// # Safety
@@ -335,6 +372,7 @@ impl Device {
             return Ok(());
         }
         let function = self.function(file, name)?;
+        self.allow_shared(name, function, shared)?;
         let grid = (grid[0] as u32, grid[1] as u32, 1);
         let stream = self.stream.cu_stream();
         self.timed(name, || {

@@ -21,5 +21,5 @@ pub use adapter::Lora;
 pub use device::{Buffer, Device, Dtype};
 pub use error::CudaError;
 pub use optimizer::{AdamSettings, Optimizer};
-pub use step::{Activations, Step};
+pub use step::{Activations, Spare, Step};
 pub use weights::{Frozen, Linear};

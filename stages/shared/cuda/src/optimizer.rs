@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use crate::device::{Buffer, Device, args};
+use crate::step::Spare;
 use crate::{CudaError, Lora};
 
 /// Elements that share a scale.
@@ -34,8 +35,9 @@ pub struct Optimizer {
     states: States,
     partials: Buffer,
     norm: Buffer,
-    /// The gradient in the layout of the masters.
-    gradient: Buffer,
+    /// The gradient in the layout of the masters: lent memory, else a buffer.
+    gradient: u64,
+    _own: Option<Buffer>,
 }
 
 enum States {
@@ -73,7 +75,7 @@ struct Scalars {
 
 impl Optimizer {
     /// Fresh states for tensors that tile the adapter's buffer; `maps` are bitsandbytes' dynamic
-    /// maps, 256 signed values and 256 unsigned.
+    /// maps, 256 signed values and 256 unsigned. `spare` must outlive the optimiser.
     ///
     /// # Errors
     /// [`CudaError`] where memory runs out.
@@ -82,6 +84,7 @@ impl Optimizer {
         settings: AdamSettings,
         tensors: &[Range<usize>],
         maps: &[f32],
+        spare: Option<Spare>,
     ) -> Result<Self, CudaError> {
         let count = tensors.last().map_or(0, |t| t.end);
         let states = if settings.eight_bit {
@@ -90,13 +93,17 @@ impl Optimizer {
             let bytes = count as u64 * 4;
             States::Torch { m: device.zeros(bytes)?, v: device.zeros(bytes)? }
         };
+        let bytes = count as u64 * 4;
+        let lent = spare.filter(|s| s.bytes >= bytes);
+        let own = lent.is_none().then(|| device.alloc(bytes)).transpose()?;
         Ok(Self {
             settings,
             updates: 0,
             states,
             partials: device.alloc(count.div_ceil(PARTIAL) as u64 * 8)?,
             norm: device.zeros(16)?,
-            gradient: device.zeros(count as u64 * 4)?,
+            gradient: lent.map_or_else(|| own.as_ref().map_or(0, Buffer::ptr), |s| s.ptr),
+            _own: own,
         })
     }
 
@@ -128,7 +135,7 @@ impl Optimizer {
     ) -> Result<(), CudaError> {
         self.updates += 1;
         let s = self.scalars(learning_rate);
-        let (p, g, norm) = (lora.values.ptr(), self.gradient.ptr(), self.norm.ptr());
+        let (p, g, norm) = (lora.values.ptr(), self.gradient, self.norm.ptr());
         lora.collect(device, g)?;
         let (partials, count) = (self.partials.ptr(), lora.count as u64);
         let blocks = lora.count.div_ceil(PARTIAL);

@@ -22,8 +22,9 @@ pub enum Activations {
     Recompute,
 }
 
-/// Rows whose logits exist at once.
+/// Rows whose logits exist at once, at most; and at least where their memory is lent.
 const HEAD_ROWS: usize = 1024;
+const LEAST_HEAD_ROWS: usize = 256;
 
 /// Activations of one layer. `*_ld` in [`Step`] are the row strides.
 struct State {
@@ -62,14 +63,69 @@ pub struct Step {
     total: Buffer,
 }
 
+/// Addresses of what the head works with. Where a layer runs forward again before its backward pass,
+/// the layer's buffers are free while the head runs, and serve it.
 struct HeadBuffers {
-    rows: Buffer,
-    normed: Buffer,
-    dnormed: Buffer,
-    drows: Buffer,
+    rows: u64,
+    normed: u64,
+    dnormed: u64,
+    drows: u64,
     roots: Buffer,
-    logits: Buffer,
+    logits: u64,
+    /// Rows whose logits exist at once.
+    chunk: usize,
     losses: Buffer,
+    _own: Vec<Buffer>,
+}
+
+/// Memory that is free between micro-batches.
+#[derive(Clone, Copy, Debug)]
+pub struct Spare {
+    pub(crate) ptr: u64,
+    pub(crate) bytes: u64,
+}
+
+impl HeadBuffers {
+    fn new(
+        device: &Device,
+        c: &checkpoint::ModelConfig,
+        capacity: usize,
+        lent: Option<&State>,
+    ) -> Result<Self, CudaError> {
+        let size = device.dtype.size();
+        let mut own = Vec::new();
+        let matrix = (capacity * c.hidden_size) as u64 * size;
+        let rows = match lent.filter(|s| s.activated.bytes() >= 4 * matrix) {
+            Some(state) => state.activated.ptr(),
+            None => {
+                own.push(device.alloc(4 * matrix)?);
+                own[0].ptr()
+            }
+        };
+        let row = c.vocab_size as u64 * size;
+        let room = lent.map_or(0, |s| s.gate_up.bytes() / row) as usize;
+        let (logits, chunk) = match lent.filter(|_| room >= LEAST_HEAD_ROWS.min(capacity)) {
+            Some(state) => (state.gate_up.ptr(), room.min(HEAD_ROWS)),
+            None => {
+                let chunk = HEAD_ROWS.min(capacity);
+                let buffer = device.alloc(chunk as u64 * row)?;
+                let ptr = buffer.ptr();
+                own.push(buffer);
+                (ptr, chunk)
+            }
+        };
+        Ok(Self {
+            rows,
+            normed: rows + matrix,
+            dnormed: rows + 2 * matrix,
+            drows: rows + 3 * matrix,
+            roots: device.alloc(capacity as u64 * 4)?,
+            logits,
+            chunk,
+            losses: device.alloc(chunk as u64 * 4)?,
+            _own: own,
+        })
+    }
 }
 
 /// A micro-batch on the device.
@@ -98,6 +154,7 @@ impl Step {
         activations: Activations,
     ) -> Result<Self, CudaError> {
         let c = &frozen.config;
+        device.head_dim.set(c.head_dim);
         let groups = &lora.groups[0];
         let widths = groups.map(|g| g.width);
         let (q, out) = (groups[1].inputs, groups[0].outputs);
@@ -125,26 +182,22 @@ impl Step {
             .max()
             .unwrap_or(0);
         let (cosines, sines) = rope_tables(c, capacity);
-        let head_rows = HEAD_ROWS.min(capacity);
-        let head = HeadBuffers {
-            rows: matrix(hidden)?,
-            normed: matrix(hidden)?,
-            dnormed: matrix(hidden)?,
-            drows: matrix(hidden)?,
-            roots: floats(capacity)?,
-            logits: device.elements(head_rows * c.vocab_size)?,
-            losses: floats(head_rows)?,
-        };
+        let size = device.dtype.size();
+        let attention_scratch =
+            Attention::scratch_bytes(c.num_attention_heads, c.head_dim, capacity);
+        let states: Vec<State> = (0..kept).map(|_| state()).collect::<Result<_, _>>()?;
+        let lent = (activations == Activations::Recompute).then_some(&states[0]);
+        let head = HeadBuffers::new(device, c, capacity, lent)?;
         Ok(Self {
             activations,
             capacity,
             widths,
-            states: (0..kept).map(|_| state()).collect::<Result<_, _>>()?,
+            states,
             residual: (0..=layers).map(|_| matrix(hidden)).collect::<Result<_, _>>()?,
             scratch: device.elements(scratch)?,
             dhidden: matrix(hidden + widths[1].max(widths[3]))?,
             dnormed: matrix(hidden.max(q))?,
-            dactivated: matrix(ffn)?,
+            dactivated: device.alloc(attention_scratch.max(capacity as u64 * ffn as u64 * size))?,
             dqkv: matrix(out + widths[0])?,
             delta: floats(capacity * c.num_attention_heads)?,
             head,
@@ -187,7 +240,7 @@ impl Step {
         pass.head(scale)?;
         for layer in (0..layers).rev() {
             let state = self.state(layer);
-            if self.activations == Activations::Recompute && layer + 1 < layers {
+            if self.activations == Activations::Recompute {
                 pass.forward(layer, state, false)?;
             }
             pass.backward(layer, state)?;
@@ -203,6 +256,12 @@ impl Step {
         let bytes = device.read(&self.total, 8)?;
         device.clear(self.total.ptr(), 8)?;
         Ok(bytes.first_chunk::<8>().map_or(0.0, |b| f64::from_le_bytes(*b)))
+    }
+
+    /// Memory that nothing uses between micro-batches.
+    pub fn spare(&self) -> Spare {
+        let buffer = &self.states[0].gate_up;
+        Spare { ptr: buffer.ptr(), bytes: buffer.bytes() }
     }
 
     fn state(&self, layer: usize) -> &State {
@@ -352,7 +411,9 @@ impl Pass<'_> {
         self.project_backward((layer, 1), (dh, ldh), s.attended.ptr(), dnormed)?;
         let dqkv = (step.dqkv.ptr(), self.lora.groups[0][0].outputs + w[0]);
         let dout = (dnormed, self.lora.groups[0][1].inputs);
-        self.attention(s).backward(self.device, dout, dqkv, step.delta.ptr())?;
+        // What the feed-forward block left is free by now.
+        let scratch = (step.delta.ptr(), step.dactivated.ptr());
+        self.attention(s).backward(self.device, dout, dqkv, scratch)?;
         self.rope(dqkv, -1.0)?;
         // Nothing needs the gradient of the embeddings.
         let wanted = if layer > 0 { dnormed } else { 0 };
@@ -375,19 +436,19 @@ impl Pass<'_> {
         device.clear(dh, (b.n * ldh) as u64 * size)?;
         let last = step.residual[c.num_hidden_layers].ptr();
         let x = &step.head;
-        gather(device, (last, hidden), b.rows, x.rows.ptr(), hidden, b.targets)?;
+        gather(device, (last, hidden), b.rows, x.rows, hidden, b.targets)?;
         let norm = self.frozen.norm.ptr();
-        let to = (x.normed.ptr(), hidden);
-        self.norm_rows(x.rows.ptr(), norm, to, x.roots.ptr(), b.targets)?;
-        for first in (0..b.targets).step_by(HEAD_ROWS.min(step.capacity)) {
-            let rows = HEAD_ROWS.min(step.capacity).min(b.targets - first);
+        let to = (x.normed, hidden);
+        self.norm_rows(x.rows, norm, to, x.roots.ptr(), b.targets)?;
+        for first in (0..b.targets).step_by(x.chunk) {
+            let rows = x.chunk.min(b.targets - first);
             let at = |base: u64| base + (first * hidden) as u64 * size;
             let head = View::new(self.frozen.head(), hidden);
-            let logits = View::new(x.logits.ptr(), vocabulary);
-            let normed = View::new(at(x.normed.ptr()), hidden);
+            let logits = View::new(x.logits, vocabulary);
+            let normed = View::new(at(x.normed), hidden);
             let product = Gemm::new((rows, vocabulary, hidden), normed, head.t(), logits);
             device.gemm("gemm head", product)?;
-            let (ptr, labels) = (x.logits.ptr(), b.labels + (first * 4) as u64);
+            let (ptr, labels) = (x.logits, b.labels + (first * 4) as u64);
             let (losses, columns) = (x.losses.ptr(), vocabulary as i32);
             let (count, total) = (rows as i32, step.total.ptr());
             // SAFETY: `rows` rows of logits, labels and losses.
@@ -397,14 +458,14 @@ impl Pass<'_> {
                 let args = args![losses, count, total];
                 device.launch(("loss.cu", "add_losses"), [1, 1], 256, 0, args)?;
             }
-            let out = View::new(at(x.dnormed.ptr()), hidden);
+            let out = View::new(at(x.dnormed), hidden);
             let product = Gemm::new((rows, hidden, vocabulary), logits, head, out);
             device.gemm("gemm head", product)?;
         }
-        device.clear(x.drows.ptr(), (b.targets * hidden) as u64 * size)?;
+        device.clear(x.drows, (b.targets * hidden) as u64 * size)?;
         let [ld, width] = [hidden as i32; 2];
-        let (rows, roots) = (x.rows.ptr(), x.roots.ptr());
-        let (dy, dx) = (x.dnormed.ptr(), x.drows.ptr());
+        let (rows, roots) = (x.rows, x.roots.ptr());
+        let (dy, dx) = (x.dnormed, x.drows);
         let (index, ldo) = (b.rows, ldh as i32);
         // SAFETY: matrices of `targets` rows.
         unsafe {
@@ -465,14 +526,15 @@ impl Pass<'_> {
     fn rope(&self, (x, ld): (u64, usize), sign: f32) -> Result<(), CudaError> {
         let c = &self.frozen.config;
         let heads = c.num_attention_heads + c.num_key_value_heads;
-        let pairs = self.b.n * heads * c.head_dim / 2;
+        let vector = 16 / self.device.dtype.size() as usize;
+        let packs = self.b.n * heads * c.head_dim / 2 / vector;
         let [ld, heads, d, rows] = [ld, heads, c.head_dim, self.b.n].map(|v| v as i32);
         let (positions, cosines) = (self.b.positions, self.step.cosines.ptr());
         let sines = self.step.sines.ptr();
         // SAFETY: tables cover the capacity, which bounds positions.
         unsafe {
             let args = args![x, ld, heads, d, positions, cosines, sines, sign, rows];
-            self.device.launch(("layer.cu", "rope"), [pairs.div_ceil(256), 1], 256, 0, args)
+            self.device.launch(("layer.cu", "rope"), [packs.div_ceil(256), 1], 256, 0, args)
         }
     }
 
