@@ -8,7 +8,7 @@
 // from the accumulators of one product into the operands of the next without leaving registers.
 // dq has a pass of its own instead of atomics: results repeat bit for bit.
 // Rows of q, k, v are `ld` elements apart. first[i] is the first row of i's segment, stop[i] one
-// past its last; both ascend.
+// past its last; both ascend. order[i] is the tile that the i-th blocks take, longest first.
 #define D HEAD_DIM
 #define CHUNKS (D / 8)  // 16-byte chunks a row
 
@@ -83,16 +83,16 @@ __device__ __forceinline__ void fetch(u32 tile, const T* base, int row, int ld, 
 
 #define FORWARD_M 128
 #define FORWARD_N 64
-// Grid (tiles of 128 queries, heads), 128 threads: a warp has 32 queries, so that a fragment of k or
+// Grid (heads, tiles of 128 queries), 128 threads: a warp has 32 queries, so that a fragment of k or
 // v serves two products. Shared: q, and two stages of k and v.
 extern "C" __global__ void __launch_bounds__(128, 2)
 flash_forward(const T* q, const T* k, const T* v, int ld, T* out, int ldo, float* lse, const int* first,
-              int heads, int kv_heads, float scale, int n) {
+              const int* order, int heads, int kv_heads, float scale, int n) {
   extern __shared__ __align__(128) u8 shared[];
   u32 sq = (u32)__cvta_generic_to_shared(shared), sk = sq + FORWARD_M * D * 2;
   u32 sv = sk + 2 * FORWARD_N * D * 2;
-  int head = blockIdx.y, kv = head / (heads / kv_heads);
-  int row0 = (gridDim.x - 1 - blockIdx.x) * FORWARD_M, last = min(row0 + FORWARD_M, n) - 1;
+  int head = blockIdx.x, kv = head / (heads / kv_heads);
+  int row0 = order[blockIdx.y] * FORWARD_M, last = min(row0 + FORWARD_M, n) - 1;
   int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
   int key0 = first[row0], tiles = (last - key0) / FORWARD_N + 1, inner = first[last];
   k += kv * D, v += kv * D;
@@ -233,16 +233,16 @@ extern "C" __global__ void flash_delta(const T* out, int ldo, const T* dout, int
 
 #define DQ_M 128
 #define DQ_N 32
-// Grid (tiles of 128 queries, heads), 128 threads. Shared: q, do, and two stages of k and v.
+// Grid (heads, tiles of 128 queries), 128 threads. Shared: q, do, and two stages of k and v.
 extern "C" __global__ void __launch_bounds__(128, 2)
 flash_dq(const T* q, const T* k, const T* v, int ld, const T* dout, int lddo, const float* lse,
-         const float* delta, T* dq, int ldd, const int* first, int heads, int kv_heads, float scale,
-         int n) {
+         const float* delta, T* dq, int ldd, const int* first, const int* order,
+         int heads, int kv_heads, float scale, int n) {
   extern __shared__ __align__(128) u8 shared[];
   u32 sq = (u32)__cvta_generic_to_shared(shared), sdo = sq + DQ_M * D * 2, sk = sdo + DQ_M * D * 2;
   u32 sv = sk + 2 * DQ_N * D * 2;
-  int head = blockIdx.y, kv = head / (heads / kv_heads);
-  int row0 = (gridDim.x - 1 - blockIdx.x) * DQ_M, last = min(row0 + DQ_M, n) - 1;
+  int head = blockIdx.x, kv = head / (heads / kv_heads);
+  int row0 = order[blockIdx.y] * DQ_M, last = min(row0 + DQ_M, n) - 1;
   int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
   int key0 = first[row0], tiles = (last - key0) / DQ_N + 1, inner = first[last];
   k += kv * D, v += kv * D;
@@ -350,18 +350,19 @@ flash_dq(const T* q, const T* k, const T* v, int ld, const T* dout, int lddo, co
 
 #define DKV_N 128
 #define DKV_M 64
-// Grid (tiles of 128 keys, heads), 256 threads: a warp has 16 keys and computes scores transposed,
+// Grid (heads, tiles of 128 keys), 256 threads: a warp has 16 keys and computes scores transposed,
 // so that they are left operands for dk and dv. Shared: k, v, two stages of q, do, lse and delta.
 // Writes the share of one query head, f32, to parts[2][row][heads * D]: dk, then dv.
 extern "C" __global__ void __launch_bounds__(256, 1)
 flash_dkv(const T* q, const T* k, const T* v, int ld, const T* dout, int lddo, const float* lse,
-          const float* delta, float* parts, const int* stop, int heads, int kv_heads, float scale, int n) {
+          const float* delta, float* parts, const int* stop, const int* order,
+          int heads, int kv_heads, float scale, int n) {
   extern __shared__ __align__(128) u8 shared[];
   u32 sk = (u32)__cvta_generic_to_shared(shared), sv = sk + DKV_N * D * 2, sq = sv + DKV_N * D * 2;
   u32 sdo = sq + 2 * DKV_M * D * 2, sl = sdo + 2 * DKV_M * D * 2;
   float* numbers = (float*)(shared + (sl - sk));  // [stage][lse, delta][DKV_M]
-  int head = blockIdx.y, kv = head / (heads / kv_heads);
-  int key0 = blockIdx.x * DKV_N, final = min(key0 + DKV_N, n) - 1, end = stop[final];
+  int head = blockIdx.x, kv = head / (heads / kv_heads);
+  int key0 = order[blockIdx.y] * DKV_N, final = min(key0 + DKV_N, n) - 1, end = stop[final];
   int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
   int tiles = (end - 1 - key0) / DKV_M + 1, inner = stop[key0];
   q += head * D, dout += head * D, lse += (u64)head * n, delta += (u64)head * n;

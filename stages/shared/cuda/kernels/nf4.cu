@@ -7,30 +7,41 @@ __device__ const float NF4[16] = {
     0.24611230194568634f, 0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f,
     0.7229568362236023f, 1.0f};
 
-// Decodes rows of `cols` elements (a multiple of 8) to `out` with row stride `ld`: 8 codes a thread,
-// so that a warp reads 128 bytes and writes whole lines.
+// Decodes rows of `cols` elements (a multiple of 8) to `out` with row stride `ld`. A warp reads 128
+// bytes and writes whole lines; a thread has four such loads under way.
 extern "C" __global__ void nf4_decode(const u8* codes, const u8* absmax, const float* map,
                                       const float* nested, float offset, T* out, int cols, int ld,
                                       u64 count) {
   __shared__ float value[16];
   if (threadIdx.x < 16) value[threadIdx.x] = NF4[threadIdx.x];
   __syncthreads();
-  u32 at = (blockIdx.x * blockDim.x + threadIdx.x) * 8;
-  if (at >= count) return;
-  u32 block = at / 64;
-  u32 packed = *(const u32*)(codes + at / 2);
-  float scale = map[absmax[block]] * nested[block / 256] + offset;
-  __align__(16) T decoded[8];
+  u32 first = (blockIdx.x * 4 * blockDim.x + threadIdx.x) * 8, step = blockDim.x * 8;
+  u32 packed[4];
+  float scale[4];
 #pragma unroll
-  for (int i = 0; i < 4; i++) {
-    u32 byte = (packed >> (8 * i)) & 255u;
-    decoded[2 * i] = store(value[byte >> 4] * scale);
-    decoded[2 * i + 1] = store(value[byte & 15] * scale);
+  for (int k = 0; k < 4; k++) {
+    u32 at = first + k * step, block = at / 64;
+    if (at < count) {
+      packed[k] = *(const u32*)(codes + at / 2);
+      scale[k] = map[absmax[block]] * nested[block / 256] + offset;
+    }
   }
-  u32 row = at / (u32)cols, column = at - row * (u32)cols;
-  Pack* to = (Pack*)(out + (u64)row * ld + column);
 #pragma unroll
-  for (int i = 0; i < 8 / VECTOR; i++) to[i] = ((Pack*)decoded)[i];
+  for (int k = 0; k < 4; k++) {
+    u32 at = first + k * step;
+    if (at >= count) return;
+    __align__(16) T decoded[8];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      u32 byte = (packed[k] >> (8 * i)) & 255u;
+      decoded[2 * i] = store(value[byte >> 4] * scale[k]);
+      decoded[2 * i + 1] = store(value[byte & 15] * scale[k]);
+    }
+    u32 row = at / (u32)cols, column = at - row * (u32)cols;
+    Pack* to = (Pack*)(out + (u64)row * ld + column);
+#pragma unroll
+    for (int i = 0; i < 8 / VECTOR; i++) to[i] = ((Pack*)decoded)[i];
+  }
 }
 
 // Random codes and scales for measurements: a hash of the index.

@@ -17,6 +17,8 @@ pub(crate) struct Attention {
     /// First row of each row's segment, and one past its last, `[n]`.
     pub(crate) start: u64,
     pub(crate) stop: u64,
+    /// Tiles of 128 queries and of 128 keys, longest work first; see [`tile_orders`].
+    pub(crate) orders: [u64; 2],
     pub(crate) heads: usize,
     pub(crate) kv_heads: usize,
     pub(crate) d: usize,
@@ -27,6 +29,26 @@ pub(crate) struct Attention {
 
 const FILE: &str = "attention_reference.cu";
 const FLASH: &str = "flash.cu";
+/// Queries or keys of a block.
+const TILE: usize = 128;
+
+/// The orders in which blocks take tiles of queries and of keys: longest work first, so that the
+/// last blocks to start are short. `start` and `stop` bound each row's segment.
+pub(crate) fn tile_orders(start: &[i32], stop: &[i32]) -> [Vec<i32>; 2] {
+    let n = start.len();
+    let sorted = |work: &dyn Fn(usize, usize) -> i32| {
+        let mut tiles: Vec<i32> = (0..n.div_ceil(TILE) as i32).collect();
+        tiles.sort_by_key(|tile| {
+            let first = *tile as usize * TILE;
+            -work(first, (first + TILE).min(n) - 1)
+        });
+        tiles
+    };
+    [
+        sorted(&|first, last| last as i32 - start[first]),
+        sorted(&|first, last| stop[last] - first as i32),
+    ]
+}
 
 impl Attention {
     fn parts(&self, base: u64, size: u64) -> [u64; 3] {
@@ -57,15 +79,16 @@ impl Attention {
         let [ld, ldo, heads, kv_heads, n] =
             [self.ld, self.ldo, self.heads, self.kv_heads, self.n].map(|v| v as i32);
         let (out, lse, start, scale) = (self.out, self.lse, self.start, self.scale());
+        let order = self.orders[0];
         let shared = (128 + 4 * 64) * self.d * 2;
         // SAFETY: the caller's buffers.
         unsafe {
             device.launch(
                 (FLASH, "flash_forward"),
-                [self.n.div_ceil(128), self.heads],
+                [self.heads, self.n.div_ceil(TILE)],
                 128,
                 shared,
-                args![q, k, v, ld, out, ldo, lse, start, heads, kv_heads, scale, n],
+                args![q, k, v, ld, out, ldo, lse, start, order, heads, kv_heads, scale, n],
             )
         }
     }
@@ -89,7 +112,7 @@ impl Attention {
             [self.ld, self.ldo, lddo, ldd, self.heads, self.kv_heads, self.n].map(|v| v as i32);
         let Self { out, lse, start, stop, .. } = *self;
         let scale = self.scale();
-        let tiles = [self.n.div_ceil(128), self.heads];
+        let (tiles, [rows, keys]) = ([self.heads, self.n.div_ceil(TILE)], self.orders);
         let (dq_shared, dkv_shared) =
             ((2 * 128 + 4 * 32) * self.d * 2, (2 * 128 + 4 * 64) * self.d * 2 + 4 * 64 * 4);
         // SAFETY: the caller's buffers.
@@ -103,7 +126,8 @@ impl Attention {
                 128,
                 dq_shared,
                 args![
-                    q, k, v, ld, dout, lddo, lse, delta, dq, ldd, start, heads, kv_heads, scale, n
+                    q, k, v, ld, dout, lddo, lse, delta, dq, ldd, start, rows, heads, kv_heads,
+                    scale, n
                 ],
             )?;
             device.launch(
@@ -111,7 +135,10 @@ impl Attention {
                 tiles,
                 256,
                 dkv_shared,
-                args![q, k, v, ld, dout, lddo, lse, delta, parts, stop, heads, kv_heads, scale, n],
+                args![
+                    q, k, v, ld, dout, lddo, lse, delta, parts, stop, keys, heads, kv_heads, scale,
+                    n
+                ],
             )?;
             let grid = [(self.n * self.kv_heads * self.d).div_ceil(256), 2];
             let args = args![parts, dk, dv, ldd, heads, kv_heads, n];
@@ -223,16 +250,28 @@ mod tests {
     }
 
     /// Segments as `(start, stop)` of every row.
-    fn bounds(lengths: &[usize]) -> (Vec<u8>, Vec<u8>, usize) {
+    struct Bounds {
+        start: Buffer,
+        stop: Buffer,
+        orders: [Buffer; 2],
+        n: usize,
+    }
+
+    fn bounds(device: &Device, lengths: &[usize]) -> Bounds {
         let (mut start, mut stop, mut n) = (Vec::new(), Vec::new(), 0usize);
         for length in lengths {
             for _ in 0..*length {
-                start.extend((n as i32).to_le_bytes());
-                stop.extend(((n + length) as i32).to_le_bytes());
+                start.push(n as i32);
+                stop.push((n + length) as i32);
             }
             n += length;
         }
-        (start, stop, n)
+        let upload = |values: &[i32]| {
+            let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+            device.upload(&bytes).unwrap()
+        };
+        let orders = tile_orders(&start, &stop).map(|order| upload(&order));
+        Bounds { start: upload(&start), stop: upload(&stop), orders, n }
     }
 
     #[test]
@@ -247,8 +286,8 @@ mod tests {
         ];
         for (lengths, heads, kv_heads, d, dtype) in cases {
             let Some(device) = gpu(dtype, d) else { return };
-            let (start, stop, n) = bounds(lengths);
-            let (start, stop) = (device.upload(&start).unwrap(), device.upload(&stop).unwrap());
+            let bounds = bounds(&device, lengths);
+            let n = bounds.n;
             let (ld, ldo) = ((heads + 2 * kv_heads) * d, heads * d + 16);
             let (qkv, dout) = (random(&device, n * ld, 1), random(&device, n * ldo, 2));
             let mut results: Vec<[Vec<f32>; 3]> = Vec::new();
@@ -259,7 +298,6 @@ mod tests {
                 let bytes = Attention::scratch_bytes(heads, d, n);
                 let parts = device.alloc(bytes).unwrap();
                 let longest = lengths.iter().copied().max().unwrap();
-                let (start, stop) = (start.ptr(), stop.ptr());
                 let (out_ptr, lse_ptr) = (out.ptr(), lse.ptr());
                 let attention = Attention {
                     qkv: qkv.ptr(),
@@ -267,8 +305,9 @@ mod tests {
                     out: out_ptr,
                     ldo,
                     lse: lse_ptr,
-                    start,
-                    stop,
+                    start: bounds.start.ptr(),
+                    stop: bounds.stop.ptr(),
+                    orders: bounds.orders.each_ref().map(Buffer::ptr),
                     heads,
                     kv_heads,
                     d,
@@ -312,8 +351,8 @@ mod tests {
             (9, 3, 64, vec![2048; 2]),
         ] {
             let Some(device) = gpu(Dtype::Bf16, d) else { return };
-            let (start, stop, n) = bounds(&lengths);
-            let (start, stop) = (device.upload(&start).unwrap(), device.upload(&stop).unwrap());
+            let bounds = bounds(&device, &lengths);
+            let n = bounds.n;
             let (ld, ldo) = ((heads + 2 * kv_heads) * d, heads * d);
             let (qkv, dout) = (random(&device, n * ld, 1), random(&device, n * ldo, 2));
             let (out, dqkv) = (random(&device, n * ldo, 9), random(&device, n * ld, 10));
@@ -325,8 +364,9 @@ mod tests {
                 out: out.ptr(),
                 ldo,
                 lse: lse.ptr(),
-                start: start.ptr(),
-                stop: stop.ptr(),
+                start: bounds.start.ptr(),
+                stop: bounds.stop.ptr(),
+                orders: bounds.orders.each_ref().map(Buffer::ptr),
                 heads,
                 kv_heads,
                 d,

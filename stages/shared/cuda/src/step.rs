@@ -8,7 +8,7 @@
 use model::MicroBatch;
 
 use crate::adapter::Lora;
-use crate::attention::Attention;
+use crate::attention::{Attention, tile_orders};
 use crate::device::{Buffer, Device, args};
 use crate::gemm::{Gemm, View};
 use crate::{CudaError, Frozen};
@@ -58,7 +58,8 @@ pub struct Step {
     head: HeadBuffers,
     cosines: Buffer,
     sines: Buffer,
-    /// Tokens, positions, segment starts and stops, target rows, targets: `[6, capacity]` i32.
+    /// Tokens, positions, segment starts and stops, target rows, targets: orders of tiles:
+    /// `[8, capacity]` i32.
     integers: Buffer,
     total: Buffer,
 }
@@ -139,6 +140,7 @@ struct Batch {
     stop: u64,
     rows: u64,
     labels: u64,
+    orders: [u64; 2],
 }
 
 impl Step {
@@ -203,7 +205,7 @@ impl Step {
             head,
             cosines: device.upload_f32(&cosines)?,
             sines: device.upload_f32(&sines)?,
-            integers: device.alloc(capacity as u64 * 6 * 4)?,
+            integers: device.alloc(capacity as u64 * 8 * 4)?,
             total: device.zeros(8)?,
         })
     }
@@ -274,7 +276,7 @@ impl Step {
             let message = format!("a batch of {n} tokens where {} fit", self.capacity);
             return Err(CudaError::Input(message));
         }
-        let mut columns: [Vec<i32>; 6] = Default::default();
+        let mut columns: [Vec<i32>; 8] = Default::default();
         columns[0].extend(batch.tokens);
         let mut longest = 0;
         for bounds in batch.cu_seqlens.windows(2) {
@@ -290,7 +292,8 @@ impl Step {
             columns[5].push(*target);
         }
         let targets = columns[4].len();
-        let mut bytes = vec![0u8; self.capacity * 6 * 4];
+        [columns[6], columns[7]] = tile_orders(&columns[2], &columns[3]);
+        let mut bytes = vec![0u8; self.capacity * 8 * 4];
         for (column, to) in columns.iter().zip(bytes.chunks_exact_mut(self.capacity * 4)) {
             for (value, to) in column.iter().zip(to.chunks_exact_mut(4)) {
                 to.copy_from_slice(&value.to_le_bytes());
@@ -308,6 +311,7 @@ impl Step {
             stop: column(3),
             rows: column(4),
             labels: column(5),
+            orders: [column(6), column(7)],
         })
     }
 }
@@ -349,6 +353,7 @@ impl Pass<'_> {
             lse: state.lse.ptr(),
             start: self.b.start,
             stop: self.b.stop,
+            orders: self.b.orders,
             heads: c.num_attention_heads,
             kv_heads: c.num_key_value_heads,
             d: c.head_dim,

@@ -245,7 +245,7 @@ impl Frozen {
                     let (codes, absmax, nested) = (codes.ptr(), absmax.ptr(), nested.ptr());
                     let (map, columns, ld) = (self.map.ptr(), inputs as i32, ld as i32);
                     let count = (inputs * outputs) as u64;
-                    let grid = [(inputs * outputs).div_ceil(8 * 256), 1];
+                    let grid = [(inputs * outputs).div_ceil(4 * 8 * 256), 1];
                     // SAFETY: the buffers hold a matrix of this shape; scratch holds the operand.
                     unsafe {
                         device.launch(
