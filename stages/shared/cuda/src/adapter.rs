@@ -134,6 +134,19 @@ impl Lora {
         unsafe { device.launch(kernel, [32, self.factors], 256, 0, args![values, operands, table]) }
     }
 
+    /// Replaces the masters.
+    ///
+    /// # Errors
+    /// [`CudaError`].
+    pub fn write_values(&mut self, device: &Device, values: &[f32]) -> Result<(), CudaError> {
+        if values.len() != self.count {
+            let message = format!("{} values where the adapter has {}", values.len(), self.count);
+            return Err(CudaError::Input(message));
+        }
+        device.write(self.values.ptr(), &crate::Dtype::F32.encode(values))?;
+        self.refresh(device)
+    }
+
     /// Zeroes the gradient.
     ///
     /// # Errors

@@ -161,6 +161,11 @@ impl Device {
         Ok(device)
     }
 
+    /// Whether this GPU multiplies bf16.
+    pub fn has_bf16(&self) -> bool {
+        self.has_async_copies()
+    }
+
     /// Whether the matrix units of this GPU take 16-bit operands by asynchronous copies (sm_80).
     pub(crate) fn has_async_copies(&self) -> bool {
         self.arch.trim_start_matches("sm_").parse::<u32>().is_ok_and(|arch| arch >= 80)

@@ -224,23 +224,10 @@ impl Step {
         scale: f32,
     ) -> Result<(), CudaError> {
         let b = self.upload(device, batch)?;
-        let c = &frozen.config;
-        let hidden = c.hidden_size;
-        gather(
-            device,
-            (frozen.embed.ptr(), hidden),
-            b.tokens,
-            self.residual[0].ptr(),
-            hidden,
-            b.n,
-        )?;
-        let layers = c.num_hidden_layers;
         let pass = Pass { step: self, device, frozen, lora, b: &b };
-        for layer in 0..layers {
-            pass.forward(layer, self.state(layer), true)?;
-        }
-        pass.head(scale)?;
-        for layer in (0..layers).rev() {
+        pass.trunk()?;
+        pass.head(Some(scale))?;
+        for layer in (0..frozen.config.num_hidden_layers).rev() {
             let state = self.state(layer);
             if self.activations == Activations::Recompute {
                 pass.forward(layer, state, false)?;
@@ -248,6 +235,23 @@ impl Step {
             pass.backward(layer, state)?;
         }
         Ok(())
+    }
+
+    /// Enqueues a forward pass alone and adds the sum of token losses to the total.
+    ///
+    /// # Errors
+    /// As [`Step::run`].
+    pub fn loss(
+        &self,
+        device: &Device,
+        frozen: &Frozen,
+        lora: &Lora,
+        batch: MicroBatch<'_>,
+    ) -> Result<(), CudaError> {
+        let b = self.upload(device, batch)?;
+        let pass = Pass { step: self, device, frozen, lora, b: &b };
+        pass.trunk()?;
+        pass.head(None)
     }
 
     /// Sum of token losses since the last call, after all work so far.
@@ -362,6 +366,17 @@ impl Pass<'_> {
         }
     }
 
+    /// Embedding and all layers forward.
+    fn trunk(&self) -> Result<(), CudaError> {
+        let (step, hidden) = (self.step, self.frozen.config.hidden_size);
+        let (table, out) = (self.frozen.embed.ptr(), step.residual[0].ptr());
+        gather(self.device, (table, hidden), self.b.tokens, out, hidden, self.b.n)?;
+        for layer in 0..self.frozen.config.num_hidden_layers {
+            self.forward(layer, step.state(layer), true)?;
+        }
+        Ok(())
+    }
+
     /// Layer forward; the product that leaves the layer only where `whole`.
     fn forward(&self, layer: usize, s: &State, whole: bool) -> Result<(), CudaError> {
         let (h, w) = (self.frozen.config.hidden_size, self.step.widths);
@@ -430,15 +445,19 @@ impl Pass<'_> {
         self.norm_backward(input, self.frozen.input_norm(layer), root, (dh, ldh))
     }
 
-    /// Final norm, head and loss of the rows that have a target; their gradient into `dhidden`.
-    fn head(&self, scale: f32) -> Result<(), CudaError> {
+    /// Final norm, head and loss of the rows that have a target; with a scale, the gradient of
+    /// scale times that into `dhidden`.
+    fn head(&self, scale: Option<f32>) -> Result<(), CudaError> {
         let (step, device, b) = (self.step, self.device, self.b);
         let c = &self.frozen.config;
         let (hidden, vocabulary) = (c.hidden_size, c.vocab_size);
         let size = device.dtype.size();
         let ldh = hidden + step.widths[1].max(step.widths[3]);
         let dh = step.dhidden.ptr();
-        device.clear(dh, (b.n * ldh) as u64 * size)?;
+        let (gradient, scale) = (scale.is_some(), scale.unwrap_or(0.0));
+        if gradient {
+            device.clear(dh, (b.n * ldh) as u64 * size)?;
+        }
         let last = step.residual[c.num_hidden_layers].ptr();
         let x = &step.head;
         gather(device, (last, hidden), b.rows, x.rows, hidden, b.targets)?;
@@ -463,9 +482,14 @@ impl Pass<'_> {
                 let args = args![losses, count, total];
                 device.launch(("loss.cu", "add_losses"), [1, 1], 256, 0, args)?;
             }
-            let out = View::new(at(x.dnormed), hidden);
-            let product = Gemm::new((rows, hidden, vocabulary), logits, head, out);
-            device.gemm("gemm head", product)?;
+            if gradient {
+                let out = View::new(at(x.dnormed), hidden);
+                let product = Gemm::new((rows, hidden, vocabulary), logits, head, out);
+                device.gemm("gemm head", product)?;
+            }
+        }
+        if !gradient {
+            return Ok(());
         }
         device.clear(x.drows, (b.targets * hidden) as u64 * size)?;
         let [ld, width] = [hidden as i32; 2];
