@@ -6,10 +6,16 @@
 use std::ops::Range;
 use std::path::Path;
 
+#[cfg(feature = "cuda")]
+mod gpu;
+
 use contract::StageError;
-use model::{Adapter, DropoutKey, Loss, MicroBatch, Model};
+use model::{Adapter, DropoutKey, Loss, MicroBatch, Model, ModelConfig};
 
 use crate::params::{Device, Dtype, Params};
+
+#[cfg(feature = "cuda")]
+pub(crate) use gpu::CudaLearner;
 
 /// A model with a trainable buffer.
 pub(crate) trait Learner {
@@ -22,7 +28,12 @@ pub(crate) trait Learner {
     /// The tensors inside the buffer, which they tile.
     fn tensors(&self) -> Vec<Range<usize>>;
 
-    /// Adds the gradient of `scale * sum of token losses` to `grad`.
+    /// Makes ready for micro-batches of up to `tokens` tokens.
+    fn prepare(&mut self, _tokens: usize) -> Result<(), StageError> {
+        Ok(())
+    }
+
+    /// Adds the gradient of `scale * sum of token losses` to `grad`, here or when it is collected.
     fn loss_and_grad(
         &self,
         batch: MicroBatch<'_>,
@@ -31,8 +42,30 @@ pub(crate) trait Learner {
         grad: &mut [f32],
     ) -> Result<Loss, StageError>;
 
+    /// Adds to `grad` what the micro-batches of a step left elsewhere.
+    fn collect(&self, _grad: &mut [f32]) -> Result<(), StageError> {
+        Ok(())
+    }
+
     /// Sum of token losses, without dropout.
     fn loss(&self, batch: MicroBatch<'_>) -> Result<Loss, StageError>;
+}
+
+/// A learner of a decoder's adapter.
+pub(crate) trait DecoderLearner: Learner {
+    /// Shape of the model.
+    fn config(&self) -> &ModelConfig;
+
+    /// Backend and device, for provenance.
+    fn backend(&self) -> (String, String);
+
+    /// Most bytes of device memory held so far, where the device has its own.
+    fn peak_device_bytes(&self) -> Option<u64> {
+        None
+    }
+
+    /// Writes `values` as a PEFT folder.
+    fn save(&self, values: &[f32], folder: &Path, base: &str) -> Result<(), StageError>;
 }
 
 /// A decoder with its adapter on the CPU, in f32.
@@ -48,9 +81,7 @@ impl CpuLearner {
         model: &Path,
         init_adapter: Option<&Path>,
     ) -> Result<Self, StageError> {
-        match (params.device, params.dtype) {
-            (Device::Auto | Device::Cpu, Dtype::Auto | Dtype::F32) => {}
-        }
+        check_cpu(params)?;
         let model = Model::load(model)?;
         let wanted = params.lora_config();
         let adapter = match init_adapter {
@@ -64,17 +95,34 @@ impl CpuLearner {
         };
         Ok(Self { model, adapter })
     }
+}
 
-    /// The model.
-    pub(crate) fn model(&self) -> &Model {
-        &self.model
+impl DecoderLearner for CpuLearner {
+    fn config(&self) -> &ModelConfig {
+        self.model.config()
     }
 
-    /// Writes `values` as a PEFT folder.
-    pub(crate) fn save(&self, values: &[f32], folder: &Path, base: &str) -> Result<(), StageError> {
+    fn backend(&self) -> (String, String) {
+        self.model.backend()
+    }
+
+    fn save(&self, values: &[f32], folder: &Path, base: &str) -> Result<(), StageError> {
         let adapter = Adapter { values: values.to_vec(), ..self.adapter.clone() };
         Ok(adapter.save_peft(folder, base)?)
     }
+}
+
+/// Refuses what the CPU does not do.
+fn check_cpu(params: &Params) -> Result<(), StageError> {
+    if let Device::Cuda(_) = params.device {
+        return Err(StageError::input("this `pipe` was built without CUDA")
+            .help("build it with `--features cuda`, or set `device: cpu`"));
+    }
+    if params.dtype == Dtype::Bf16 {
+        return Err(StageError::input("the CPU trains in f32")
+            .help("set `dtype: auto`, or `device: cuda` where there is a GPU"));
+    }
+    Ok(())
 }
 
 /// Refuses an adapter that is not of the shape the params ask for.

@@ -23,11 +23,13 @@ use contract::{
     StageError, StageKind,
 };
 use data::TokenFile;
-use model::Model;
+use model::ModelConfig;
 use serde_json::{Map, Value, json};
 
 use crate::error::TrainError;
-use crate::learner::CpuLearner;
+use crate::learner::{CpuLearner, DecoderLearner};
+#[cfg(feature = "cuda")]
+use crate::params::Device;
 use crate::params::{Params, Select};
 use crate::rows::PackedRows;
 use crate::trainer::{Finished, Trainer};
@@ -86,23 +88,49 @@ impl StageKind for Train {
 fn train(request: &Request, reporter: &mut Reporter) -> Result<Outcome, StageError> {
     let params = Params::parse(&request.params).map_err(StageError::internal)?;
     let init = request.optional_input("init_adapter").map(AsRef::as_ref);
-    let mut learner = CpuLearner::load(&params, request.input("model")?, init)?;
-    let rows = |input| read_rows(request.input(input)?, input, learner.model());
+    let model = request.input("model")?;
+    #[cfg(feature = "cuda")]
+    {
+        use crate::learner::CudaLearner;
+        let wanted = match params.device {
+            Device::Cuda(_) => true,
+            Device::Auto => CudaLearner::is_available(),
+            Device::Cpu => false,
+        };
+        if wanted {
+            let learner = CudaLearner::load(&params, model, init)?;
+            return train_with(learner, &params, request, reporter);
+        }
+    }
+    train_with(CpuLearner::load(&params, model, init)?, &params, request, reporter)
+}
+
+fn train_with(
+    mut learner: impl DecoderLearner,
+    params: &Params,
+    request: &Request,
+    reporter: &mut Reporter,
+) -> Result<Outcome, StageError> {
+    let rows = |input| read_rows(request.input(input)?, input, learner.config());
     let train_rows = rows("tokens")?;
     let eval = request.optional_input("eval_tokens").map(|_| rows("eval_tokens")).transpose()?;
     let checkpoints = Checkpoints::of(request);
-    let trainer = Trainer::new(&params, &mut learner, &train_rows, eval.as_ref(), &checkpoints);
+    let trainer = Trainer::new(params, &mut learner, &train_rows, eval.as_ref(), &checkpoints);
     let finished = trainer.run(reporter)?;
     let base = &params.base_model_name_or_path;
     learner.save(&finished.values, request.output("adapter")?, base)?;
     data::write_jsonl(request.output("log")?, &finished.log)?;
-    Ok(outcome(&finished, learner.model()))
+    Ok(outcome(&finished, &learner))
 }
 
 /// Reads a token file and refuses what the model would refuse hours later.
-fn read_rows(path: &Path, input: &'static str, model: &Model) -> Result<PackedRows, StageError> {
+fn read_rows(
+    path: &Path,
+    input: &'static str,
+    model: &ModelConfig,
+) -> Result<PackedRows, StageError> {
     let rows = PackedRows::new(TokenFile::read(path)?);
-    let (limit, vocabulary) = (model.max_positions(), model.config().vocab_size);
+    let (limit, vocabulary) = (model.max_position_embeddings, model.vocab_size);
     let all: Vec<usize> = (0..rows.len()).collect();
     if all.is_empty() {
         return Err(TrainError::NoRows { input }.into());
@@ -119,7 +147,7 @@ fn read_rows(path: &Path, input: &'static str, model: &Model) -> Result<PackedRo
     Ok(rows)
 }
 
-fn outcome(finished: &Finished, model: &Model) -> Outcome {
+fn outcome(finished: &Finished, learner: &impl DecoderLearner) -> Outcome {
     let meter = &finished.meter;
     let telemetry = json!({
         "steps": finished.log.len(),
@@ -129,8 +157,9 @@ fn outcome(finished: &Finished, model: &Model) -> Outcome {
         "step_seconds": meter.step_seconds(),
         "eval_seconds": meter.eval_seconds(),
         "peak_memory_bytes": meter::peak_memory(),
+        "peak_device_bytes": learner.peak_device_bytes(),
     });
-    let (backend, device) = model.backend();
+    let (backend, device) = learner.backend();
     let provenance = json!({ "backend": backend, "device": device });
     Outcome { telemetry: map(telemetry), provenance: map(provenance), ..Outcome::default() }
 }

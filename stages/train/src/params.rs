@@ -45,6 +45,7 @@ pub(crate) struct Params {
     pub(crate) base_model_name_or_path: String,
     pub(crate) device: Device,
     pub(crate) dtype: Dtype,
+    pub(crate) activations: Activations,
 }
 
 /// The adapter.
@@ -75,24 +76,68 @@ pub(crate) struct Spike {
     pub(crate) patience: u64,
 }
 
-/// Where to train.
+/// Where to train: `auto`, `cpu`, `cuda` or `cuda:N`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[serde(try_from = "String", into = "String")]
 pub(crate) enum Device {
     /// The best device there is.
     Auto,
     /// The processor.
     Cpu,
+    /// The NVIDIA GPU of that number.
+    Cuda(usize),
+}
+
+impl TryFrom<String> for Device {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        let gpu = |number: &str| number.parse().ok().map(Self::Cuda);
+        match text.as_str() {
+            "auto" => Some(Self::Auto),
+            "cpu" => Some(Self::Cpu),
+            "cuda" => Some(Self::Cuda(0)),
+            other => other.strip_prefix("cuda:").and_then(gpu),
+        }
+        .ok_or_else(|| {
+            format!("unknown device `{text}`, expected `auto`, `cpu`, `cuda` or `cuda:N`")
+        })
+    }
+}
+
+impl From<Device> for String {
+    fn from(device: Device) -> Self {
+        match device {
+            Device::Auto => "auto".to_owned(),
+            Device::Cpu => "cpu".to_owned(),
+            Device::Cuda(0) => "cuda".to_owned(),
+            Device::Cuda(number) => format!("cuda:{number}"),
+        }
+    }
 }
 
 /// Arithmetic of activations.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Dtype {
-    /// The device's best.
+    /// The device's best: f32 on a CPU, bf16 on a GPU.
     Auto,
     /// Single precision.
     F32,
+    /// bfloat16, with masters of the adapter in f32.
+    Bf16,
+}
+
+/// What the forward pass keeps on a GPU; the results are the same bits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Activations {
+    /// Everything where it fits.
+    Auto,
+    /// Everything.
+    Keep,
+    /// Each layer's input; layers run forward twice.
+    Recompute,
 }
 
 impl Default for Params {
@@ -119,6 +164,7 @@ impl Default for Params {
             base_model_name_or_path: String::new(),
             device: Device::Auto,
             dtype: Dtype::Auto,
+            activations: Activations::Auto,
         }
     }
 }
@@ -210,6 +256,7 @@ impl Params {
         if let Some(map) = value.as_object_mut() {
             map.shift_remove("checkpoint_steps");
             map.shift_remove("spike");
+            map.shift_remove("activations");
         }
         value
     }
@@ -258,6 +305,8 @@ mod tests {
         let identity = |v: Value| Params::parse(&v).unwrap().identity();
         let base = identity(json!({}));
         assert_eq!(base, identity(json!({"checkpoint_steps": 3, "spike": null})));
+        assert_eq!(base, identity(json!({"activations": "recompute"})));
+        assert_eq!(identity(json!({"device": "cuda"})), identity(json!({"device": "cuda:0"})));
         assert_ne!(base, identity(json!({"eval_steps": 3})));
     }
 
@@ -272,5 +321,6 @@ mod tests {
         assert_eq!(path(json!({"spike": {"factor": 0.5}})), "spike.factor");
         assert_eq!(path(json!({"optimizer": "sgd"})), "optimizer");
         assert_eq!(path(json!({"learning_rat": 1})), "learning_rat");
+        assert_eq!(path(json!({"device": "tpu"})), "device");
     }
 }

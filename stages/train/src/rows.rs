@@ -50,6 +50,13 @@ impl PackedRows {
         rows.iter().map(|r| self.targets[*r]).sum()
     }
 
+    /// Tokens of the `count` longest rows together: no batch of as many rows has more.
+    pub(crate) fn longest(&self, count: usize) -> usize {
+        let mut lengths: Vec<u64> = (0..self.len()).map(|row| self.tokens(&[row])).collect();
+        lengths.sort_unstable_by(|a, b| b.cmp(a));
+        lengths.iter().take(count).sum::<u64>() as usize
+    }
+
     /// The first segment longer than `limit` tokens: its row and its length.
     pub(crate) fn longer_than(&self, limit: usize) -> Option<(usize, usize)> {
         let bounds = self.file.cu_seqlens.windows(2);

@@ -77,6 +77,9 @@ impl<'a, L: Learner> Trainer<'a, L> {
     /// Runs all steps that no checkpoint has done yet.
     pub(crate) fn run(mut self, reporter: &mut Reporter) -> Result<Finished, TrainError> {
         let total = self.total_steps();
+        let batch = self.params.batch_size;
+        let longest = self.eval.map_or(0, |eval| eval.longest(batch));
+        self.learner.prepare(longest.max(self.train.longest(batch)))?;
         let (mut state, resumed_from) = self.start(reporter);
         let mut guard = Guard::new(self.params.spike);
         state.log.iter().for_each(|line| {
@@ -153,6 +156,7 @@ impl<'a, L: Learner> Trainer<'a, L> {
             })?;
             sum += loss.sum;
         }
+        self.learner.collect(&mut grad)?;
         let loss = sum / targets.max(1) as f64;
         let grad_norm = global_norm(&grad);
         let step = before + 1;

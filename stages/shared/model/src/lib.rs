@@ -14,6 +14,8 @@ mod micro_step;
 mod peft;
 pub mod reference;
 
+pub use checkpoint::ModelConfig;
+
 pub use adapter::{Adapter, DropoutKey, Factor, LoraConfig, PROJECTIONS};
 pub use decoder::Model;
 pub use error::ModelError;

@@ -1,0 +1,182 @@
+//! Checks the training step against the CPU's and times it:
+//! `step check FOLDER...` (folders with `f32` and `adapter`) or
+//! `step time SHAPE keep|recompute STEPS` (SHAPE: qwen2.5-3b, smollm2-135m).
+#![allow(clippy::print_stdout, clippy::unwrap_used, reason = "an example")]
+
+use std::path::Path;
+use std::time::Instant;
+
+use checkpoint::{Family, ModelConfig};
+use cuda::{Activations, AdamSettings, Device, Dtype, Frozen, Lora, Optimizer, Step};
+use model::{Adapter, LoraConfig, MicroBatch, Model, PROJECTIONS};
+
+fn main() {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    match args[0].as_str() {
+        "check" => args[1..].iter().for_each(|folder| check(Path::new(folder))),
+        _ => time(&args[1], &args[2], args[3].parse().unwrap()),
+    }
+}
+
+fn norm(x: impl Iterator<Item = f32>) -> f64 {
+    x.map(|v| f64::from(v).powi(2)).sum::<f64>().sqrt()
+}
+
+/// Loss and every factor's gradient, on ragged segments with holes in the targets.
+fn check(folder: &Path) {
+    let model = Model::load(&folder.join("f32")).unwrap();
+    let adapter = Adapter::load_peft(&folder.join("adapter"), &model).unwrap();
+    let config = model.config().clone();
+    let cu = [0, 1, 40, 47, 120, 200];
+    let n = 200usize;
+    let vocabulary = config.vocab_size;
+    let tokens: Vec<i32> = (0..n).map(|i| (i * 7919 % vocabulary) as i32).collect();
+    let targets: Vec<i32> = (0..n)
+        .map(|i| {
+            let last = cu.contains(&(i as i32 + 1));
+            if last || i % 5 == 0 { -100 } else { (i * 104_729 % vocabulary) as i32 }
+        })
+        .collect();
+    let batch = MicroBatch { tokens: &tokens, cu_seqlens: &cu, targets: &targets };
+    let mut expected = vec![0.0; adapter.values.len()];
+    let loss = model.loss_and_grad(&adapter, batch, 0.25, None, &mut expected).unwrap().sum;
+    for dtype in [Dtype::F32, Dtype::Bf16] {
+        let mut bits: Option<Vec<u32>> = None;
+        for activations in [Activations::Keep, Activations::Recompute] {
+            let device = Device::open(0, dtype).unwrap();
+            let frozen = Frozen::load(&device, &folder.join("f32")).unwrap();
+            let lora = Lora::new(&device, &config, &adapter).unwrap();
+            let step = Step::new(&device, &frozen, &lora, 256, activations).unwrap();
+            step.run(&device, &frozen, &lora, batch, 0.25).unwrap();
+            let got = step.take_loss(&device).unwrap();
+            let gradient = lora.read_gradient(&device).unwrap();
+            let mut worst = (0.0, "");
+            for factor in &adapter.factors {
+                for range in [&factor.a, &factor.b] {
+                    let off = expected[range.clone()].iter().zip(&gradient[range.clone()]);
+                    let off = norm(off.map(|(a, b)| a - b))
+                        / norm(expected[range.clone()].iter().copied()).max(1e-30);
+                    if off > worst.0 || off.is_nan() {
+                        worst = (off, factor.name.as_str());
+                    }
+                }
+            }
+            let own: Vec<u32> = gradient.iter().map(|g| g.to_bits()).collect();
+            let same = bits.as_ref().is_none_or(|b| *b == own);
+            println!(
+                "{} {dtype:?} {activations:?}: loss off {:.1e}, gradients at worst {:.1e} ({}), same bits {same}",
+                folder.file_name().unwrap().to_string_lossy(),
+                (got - loss).abs() / loss,
+                worst.0,
+                worst.1
+            );
+            bits = Some(own);
+        }
+    }
+}
+
+fn shape(name: &str) -> ModelConfig {
+    let qwen = ModelConfig {
+        family: Family::Qwen2,
+        hidden_size: 2048,
+        num_hidden_layers: 36,
+        num_attention_heads: 16,
+        num_key_value_heads: 2,
+        head_dim: 128,
+        intermediate_size: 11008,
+        vocab_size: 151_936,
+        rms_norm_eps: 1e-6,
+        rope_theta: 1e6,
+        max_position_embeddings: 32768,
+        tie_word_embeddings: true,
+        qkv_bias: true,
+    };
+    match name {
+        "qwen2.5-3b" => qwen,
+        _ => ModelConfig {
+            family: Family::Llama,
+            hidden_size: 576,
+            num_hidden_layers: 30,
+            num_attention_heads: 9,
+            num_key_value_heads: 3,
+            head_dim: 64,
+            intermediate_size: 1536,
+            vocab_size: 49152,
+            qkv_bias: false,
+            ..qwen
+        },
+    }
+}
+
+fn time(name: &str, activations: &str, steps: usize) {
+    let start = Instant::now();
+    let config = shape(name);
+    let keep = activations == "keep";
+    let activations = if keep { Activations::Keep } else { Activations::Recompute };
+    let device = Device::open(0, Dtype::Bf16).unwrap();
+    let frozen = Frozen::random(&device, config.clone(), 1).unwrap();
+    let targets = PROJECTIONS.map(str::to_owned).to_vec();
+    let lora_config = LoraConfig { r: 16, alpha: 16.0, dropout: 0.0, targets };
+    let adapter = Adapter::fresh(&config, &lora_config, 1).unwrap();
+    let lora = Lora::new(&device, &config, &adapter).unwrap();
+    let (rows, length, accumulation) = (2usize, 2048usize, 4usize);
+    let n = rows * length;
+    let step = Step::new(&device, &frozen, &lora, n, activations).unwrap();
+    let tensors: Vec<_> = adapter.factors.iter().map(|f| f.a.clone()).collect();
+    let tensors: Vec<_> =
+        tensors.into_iter().chain(adapter.factors.iter().map(|f| f.b.clone())).collect();
+    let mut tensors = tensors;
+    tensors.sort_by_key(|r| r.start);
+    let settings = AdamSettings {
+        eight_bit: true,
+        betas: [0.9, 0.999],
+        eps: 1e-8,
+        weight_decay: 0.01,
+        clip: 1.0,
+    };
+    let maps: Vec<f32> = (0..512).map(|i| (i % 256) as f32 / 128.0 - 1.0).collect();
+    let mut optimizer =
+        Optimizer::new(&device, settings, &tensors, &maps, Some(step.spare())).unwrap();
+    let tokens: Vec<i32> = (0..n).map(|i| (i * 7919 % config.vocab_size) as i32).collect();
+    let cu: Vec<i32> = (0..=rows).map(|r| (r * length) as i32).collect();
+    let mut labels: Vec<i32> = tokens[1..].to_vec();
+    labels.push(-100);
+    for end in &cu[1..] {
+        labels[*end as usize - 1] = -100;
+    }
+    let batch = MicroBatch { tokens: &tokens, cu_seqlens: &cu, targets: &labels };
+    let mut times = Vec::new();
+    for index in 0..steps {
+        let begin = Instant::now();
+        if index + 1 == steps {
+            device.start_profile();
+        }
+        for _ in 0..accumulation {
+            step.run(&device, &frozen, &lora, batch, 1.0 / (n * accumulation) as f32).unwrap();
+        }
+        optimizer.update(&device, &lora, 2e-4).unwrap();
+        let loss = step.take_loss(&device).unwrap() / (accumulation * (n - rows)) as f64;
+        times.push(begin.elapsed().as_secs_f64());
+        if index < 2 {
+            println!(
+                "step {index}: loss {loss:.4}, {:.2} s since start",
+                start.elapsed().as_secs_f64()
+            );
+        }
+    }
+    let table = device.finish_profile().unwrap();
+    let mut classes: Vec<_> = table.into_iter().collect();
+    classes.sort_by(|a, b| b.1.0.total_cmp(&a.1.0));
+    let timed = &mut times[2..steps - 1];
+    timed.sort_by(f64::total_cmp);
+    let median = timed[timed.len() / 2];
+    println!(
+        "{name} {activations:?}: {:.0} tok/s, step {:.1} ms, peak {:.2} GiB",
+        (n * accumulation) as f64 / median,
+        median * 1e3,
+        device.peak_bytes() as f64 / f64::from(1u32 << 30)
+    );
+    for (class, (milliseconds, count)) in classes {
+        println!("  {class:26} {milliseconds:8.2} ms {count:6}");
+    }
+}

@@ -1,0 +1,125 @@
+// What a decoder layer does beside products and attention. A block or a grid stride a row;
+// `ld*` are row strides in elements, so that a buffer may carry LoRA columns behind its own.
+
+// y = x * rsqrt(mean(x^2) + eps) * w;  rstd keeps the root for the backward pass.
+extern "C" __global__ void rms_norm(const T* x, int ldx, const float* w, T* y, int ldy, float* rstd,
+                                    int width, float eps) {
+  const Pack* row = (const Pack*)(x + (u64)blockIdx.x * ldx);
+  Pack* out = (Pack*)(y + (u64)blockIdx.x * ldy);
+  float sum = 0.f;
+  for (int i = threadIdx.x; i < width / VECTOR; i += blockDim.x) {
+    Pack p = row[i];
+    for (int j = 0; j < VECTOR; j++) sum += load(p.v[j]) * load(p.v[j]);
+  }
+  float r = rsqrtf(block_sum(sum) / width + eps);
+  if (threadIdx.x == 0) rstd[blockIdx.x] = r;
+  for (int i = threadIdx.x; i < width / VECTOR; i += blockDim.x) {
+    Pack p = row[i], q;
+    for (int j = 0; j < VECTOR; j++) q.v[j] = store(load(p.v[j]) * r * w[i * VECTOR + j]);
+    out[i] = q;
+  }
+}
+
+// dx += r * (g - x r * mean(g * x r)) with g = w * dy.
+extern "C" __global__ void rms_norm_backward(const T* x, int ldx, const float* w, const float* rstd,
+                                             const T* dy, int lddy, T* dx, int lddx, int width) {
+  const Pack* row = (const Pack*)(x + (u64)blockIdx.x * ldx);
+  const Pack* grad = (const Pack*)(dy + (u64)blockIdx.x * lddy);
+  Pack* out = (Pack*)(dx + (u64)blockIdx.x * lddx);
+  float r = rstd[blockIdx.x], dot = 0.f;
+  for (int i = threadIdx.x; i < width / VECTOR; i += blockDim.x) {
+    Pack p = row[i], g = grad[i];
+    for (int j = 0; j < VECTOR; j++) dot += load(g.v[j]) * w[i * VECTOR + j] * load(p.v[j]) * r;
+  }
+  dot = block_sum(dot) / width;
+  for (int i = threadIdx.x; i < width / VECTOR; i += blockDim.x) {
+    Pack p = row[i], g = grad[i], d = out[i];
+    for (int j = 0; j < VECTOR; j++) {
+      float own = r * (load(g.v[j]) * w[i * VECTOR + j] - load(p.v[j]) * r * dot);
+      d.v[j] = store(load(d.v[j]) + own);
+    }
+    out[i] = d;
+  }
+}
+
+// Rotates `heads` heads of width d side by side, in place: (a, b) -> (a c - b s, b c + a s) for the
+// pairs (j, j + d/2). sign -1 is the inverse, which is the gradient. Tables are [position, d/2].
+// 16 bytes of each half a thread.
+extern "C" __global__ void rope(T* x, int ld, int heads, int d, const int* positions,
+                                const float* cosines, const float* sines, float sign, int rows) {
+  int half = d / 2, packs = half / VECTOR;
+  u32 i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i >= (u32)rows * heads * packs) return;
+  int j = i % packs * VECTOR, head = i / packs % heads;
+  u32 row = i / packs / heads;
+  u64 at = (u64)positions[row] * half + j;
+  T* p = x + (u64)row * ld + head * d + j;
+  Pack a = *(Pack*)p, b = *(Pack*)(p + half);
+#pragma unroll
+  for (int e = 0; e < VECTOR; e++) {
+    float c = cosines[at + e], s = sign * sines[at + e], u = load(a.v[e]), w = load(b.v[e]);
+    a.v[e] = store(u * c - w * s);
+    b.v[e] = store(w * c + u * s);
+  }
+  *(Pack*)p = a;
+  *(Pack*)(p + half) = b;
+}
+
+// y = silu(gate) * up, with gate and up side by side in `gate_up`.
+extern "C" __global__ void swiglu(const T* gate_up, int ldg, T* y, int ldy, int width, int rows) {
+  u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x;
+  int packs = width / VECTOR;
+  if (i >= (u64)rows * packs) return;
+  u64 row = i / packs, column = i % packs * VECTOR;
+  Pack g = *(const Pack*)(gate_up + row * ldg + column);
+  Pack u = *(const Pack*)(gate_up + row * ldg + width + column), q;
+  for (int j = 0; j < VECTOR; j++) {
+    float a = load(g.v[j]);
+    q.v[j] = store(a / (1.f + EXP(-a)) * load(u.v[j]));
+  }
+  *(Pack*)(y + row * ldy + column) = q;
+}
+
+// dgate = dy up s (1 + gate (1 - s)), dup = dy gate s, with s = sigmoid(gate).
+extern "C" __global__ void swiglu_backward(const T* gate_up, int ldg, const T* dy, int lddy, T* dgate_up,
+                                           int lddg, int width, int rows) {
+  u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x;
+  int packs = width / VECTOR;
+  if (i >= (u64)rows * packs) return;
+  u64 row = i / packs, column = i % packs * VECTOR;
+  Pack g = *(const Pack*)(gate_up + row * ldg + column);
+  Pack u = *(const Pack*)(gate_up + row * ldg + width + column);
+  Pack d = *(const Pack*)(dy + row * lddy + column), dg, du;
+  for (int j = 0; j < VECTOR; j++) {
+    float a = load(g.v[j]), s = 1.f / (1.f + EXP(-a)), e = load(d.v[j]);
+    dg.v[j] = store(e * load(u.v[j]) * s * (1.f + a * (1.f - s)));
+    du.v[j] = store(e * a * s);
+  }
+  *(Pack*)(dgate_up + row * lddg + column) = dg;
+  *(Pack*)(dgate_up + row * lddg + width + column) = du;
+}
+
+// out[i] = table[index[i]]: embedding lookup and the rows that reach the head.
+extern "C" __global__ void gather_rows(const T* table, int ldt, const int* index, T* out, int ldo,
+                                       int width) {
+  const Pack* from = (const Pack*)(table + (u64)index[blockIdx.x] * ldt);
+  Pack* to = (Pack*)(out + (u64)blockIdx.x * ldo);
+  for (int i = threadIdx.x; i < width / VECTOR; i += blockDim.x) to[i] = from[i];
+}
+
+// out[index[i]] = rows[i], indices distinct.
+extern "C" __global__ void scatter_rows(const T* rows, int ldr, const int* index, T* out, int ldo,
+                                        int width) {
+  const Pack* from = (const Pack*)(rows + (u64)blockIdx.x * ldr);
+  Pack* to = (Pack*)(out + (u64)index[blockIdx.x] * ldo);
+  for (int i = threadIdx.x; i < width / VECTOR; i += blockDim.x) to[i] = from[i];
+}
+
+// out[row, 0..width] = in[row, 0..width] with different row strides.
+extern "C" __global__ void copy_columns(const T* in, int ldi, T* out, int ldo, int width, int rows) {
+  u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x;
+  int packs = width / VECTOR;
+  if (i >= (u64)rows * packs) return;
+  u64 row = i / packs, column = i % packs * VECTOR;
+  *(Pack*)(out + row * ldo + column) = *(const Pack*)(in + row * ldi + column);
+}

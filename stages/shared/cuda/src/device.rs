@@ -1,0 +1,406 @@
+//! One GPU: memory, kernels and a stream of its own.
+
+use std::cell::{Cell, RefCell};
+use std::collections::{BTreeMap, HashMap};
+use std::ffi::{CString, c_void};
+use std::rc::Rc;
+use std::sync::Arc;
+
+use cudarc::cublaslt::sys as blas;
+use cudarc::driver::{CudaContext, CudaStream, result, sys};
+
+use crate::CudaError;
+use crate::compile;
+use crate::gemm::Plans;
+use crate::profile::Profile;
+
+/// Type of weights and activations; all arithmetic accumulates in f32.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Dtype {
+    /// 32-bit floats, without tensor-float truncation.
+    F32,
+    /// bfloat16.
+    Bf16,
+    /// 16-bit floats.
+    F16,
+}
+
+impl Dtype {
+    /// Bytes of an element.
+    pub fn size(self) -> u64 {
+        if self == Self::F32 { 4 } else { 2 }
+    }
+
+    /// Value of the macro ELEMENT of the kernels.
+    fn element(self) -> u32 {
+        match self {
+            Self::F32 => 0,
+            Self::Bf16 => 1,
+            Self::F16 => 2,
+        }
+    }
+
+    /// The bytes of `values` in this type.
+    pub fn encode(self, values: &[f32]) -> Vec<u8> {
+        match self {
+            Self::F32 => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
+            Self::Bf16 => {
+                values.iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()).collect()
+            }
+            Self::F16 => {
+                values.iter().flat_map(|v| half::f16::from_f32(*v).to_le_bytes()).collect()
+            }
+        }
+    }
+}
+
+const SOURCES: [(&str, &str); 6] = [
+    ("flash.cu", include_str!("../kernels/flash.cu")),
+    ("layer.cu", include_str!("../kernels/layer.cu")),
+    ("nf4.cu", include_str!("../kernels/nf4.cu")),
+    ("loss.cu", include_str!("../kernels/loss.cu")),
+    ("optimizer.cu", include_str!("../kernels/optimizer.cu")),
+    ("attention_reference.cu", include_str!("../kernels/attention_reference.cu")),
+];
+const COMMON: &str = include_str!("../kernels/common.cuh");
+/// Scratch of cuBLASLt.
+pub(crate) const WORKSPACE: u64 = 32 << 20;
+
+/// One GPU.
+pub struct Device {
+    pub(crate) context: Arc<CudaContext>,
+    pub(crate) stream: Arc<CudaStream>,
+    pub(crate) dtype: Dtype,
+    arch: String,
+    /// Macro HEAD_DIM of the kernels.
+    pub(crate) head_dim: Cell<usize>,
+    /// Dynamic shared memory that each kernel has been allowed.
+    allowed: RefCell<HashMap<&'static str, usize>>,
+    modules: RefCell<HashMap<&'static str, sys::CUmodule>>,
+    functions: RefCell<HashMap<&'static str, sys::CUfunction>>,
+    pub(crate) blas: blas::cublasLtHandle_t,
+    pub(crate) plans: Plans,
+    pub(crate) workspace: Cell<u64>,
+    memory: Rc<Memory>,
+    profile: Profile,
+}
+
+/// Live and peak bytes of all buffers: the notion of torch's `max_memory_allocated`.
+#[derive(Default)]
+struct Memory {
+    live: Cell<u64>,
+    peak: Cell<u64>,
+}
+
+/// Device memory, freed when dropped.
+pub struct Buffer {
+    ptr: u64,
+    bytes: u64,
+    memory: Rc<Memory>,
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        self.memory.live.set(self.memory.live.get() - self.bytes);
+        // SAFETY: allocated by `Device::alloc`, freed once; the driver waits for work that uses it.
+        let _ = unsafe { result::free_sync(self.ptr) };
+    }
+}
+
+impl Buffer {
+    /// Address on the device.
+    pub(crate) fn ptr(&self) -> u64 {
+        self.ptr
+    }
+
+    /// Size in bytes.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+}
+
+impl Device {
+    /// Opens a GPU for work in `dtype`.
+    ///
+    /// # Errors
+    /// [`CudaError::Library`] where driver, NVRTC or cuBLASLt are missing.
+    pub fn open(ordinal: usize, dtype: Dtype) -> Result<Self, CudaError> {
+        // SAFETY: only looks for libraries.
+        unsafe {
+            for (library, present) in [
+                ("cuda", sys::is_culib_present()),
+                ("nvrtc", cudarc::nvrtc::sys::is_culib_present()),
+                ("cublasLt", blas::is_culib_present()),
+            ] {
+                if !present {
+                    return Err(CudaError::Library { library });
+                }
+            }
+        }
+        let context = CudaContext::new(ordinal)?;
+        let stream = context.new_stream()?;
+        let (major, minor) = context.compute_capability()?;
+        let device = Self {
+            arch: format!("sm_{major}{minor}"),
+            blas: cudarc::cublaslt::result::create_handle()?,
+            context,
+            stream,
+            dtype,
+            head_dim: Cell::new(64),
+            allowed: RefCell::default(),
+            modules: RefCell::default(),
+            functions: RefCell::default(),
+            plans: Plans::default(),
+            workspace: Cell::new(0),
+            memory: Rc::default(),
+            profile: Profile::default(),
+        };
+        // SAFETY: plain allocation, kept for the life of the process.
+        device.workspace.set(unsafe { result::malloc_sync(WORKSPACE as usize)? });
+        device.memory.live.set(WORKSPACE);
+        Ok(device)
+    }
+
+    /// Whether this GPU multiplies bf16.
+    pub fn has_bf16(&self) -> bool {
+        self.has_async_copies()
+    }
+
+    /// Whether the matrix units of this GPU take 16-bit operands by asynchronous copies (sm_80).
+    pub(crate) fn has_async_copies(&self) -> bool {
+        self.arch.trim_start_matches("sm_").parse::<u32>().is_ok_and(|arch| arch >= 80)
+    }
+
+    /// Name and architecture, for provenance.
+    pub fn name(&self) -> String {
+        format!("{} ({})", self.context.name().unwrap_or_default(), self.arch)
+    }
+
+    /// Memory of `bytes` bytes, not initialised.
+    ///
+    /// # Errors
+    /// [`CudaError::Memory`] where there is no room.
+    pub fn alloc(&self, bytes: u64) -> Result<Buffer, CudaError> {
+        let bytes = bytes.max(16);
+        // SAFETY: plain allocation; `Buffer` frees it.
+        let ptr = unsafe { result::malloc_sync(bytes as usize) }.map_err(|e| {
+            if e.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY {
+                let free = self.context.mem_get_info().map_or(0, |(free, _)| free as u64);
+                CudaError::Memory { wanted: bytes, free }
+            } else {
+                e.into()
+            }
+        })?;
+        let memory = Rc::clone(&self.memory);
+        memory.live.set(memory.live.get() + bytes);
+        memory.peak.set(memory.peak.get().max(memory.live.get()));
+        Ok(Buffer { ptr, bytes, memory })
+    }
+
+    /// Memory of `count` elements of the device's type.
+    pub(crate) fn elements(&self, count: usize) -> Result<Buffer, CudaError> {
+        self.alloc(count as u64 * self.dtype.size())
+    }
+
+    /// Memory holding zeros.
+    pub(crate) fn zeros(&self, bytes: u64) -> Result<Buffer, CudaError> {
+        let buffer = self.alloc(bytes)?;
+        self.clear(buffer.ptr(), buffer.bytes())?;
+        Ok(buffer)
+    }
+
+    /// Memory holding `data`.
+    ///
+    /// # Errors
+    /// As [`Device::alloc`].
+    pub fn upload(&self, data: &[u8]) -> Result<Buffer, CudaError> {
+        let buffer = self.alloc(data.len() as u64)?;
+        self.write(buffer.ptr(), data)?;
+        Ok(buffer)
+    }
+
+    /// Memory holding `values` in f32.
+    ///
+    /// # Errors
+    /// As [`Device::alloc`].
+    pub fn upload_f32(&self, values: &[f32]) -> Result<Buffer, CudaError> {
+        self.upload(&Dtype::F32.encode(values))
+    }
+
+    /// Copies bytes to the device; returns when they have been read.
+    pub(crate) fn write(&self, to: u64, data: &[u8]) -> Result<(), CudaError> {
+        // SAFETY: the caller's range lies inside a buffer; the copy is over when this returns.
+        unsafe {
+            result::memcpy_htod_async(to, data, self.stream.cu_stream())?;
+        }
+        Ok(self.stream.synchronize()?)
+    }
+
+    /// Copies bytes from the device, after all work so far.
+    ///
+    /// # Errors
+    /// [`CudaError::Driver`].
+    pub fn read(&self, from: &Buffer, bytes: usize) -> Result<Vec<u8>, CudaError> {
+        let mut data = vec![0u8; bytes.min(from.bytes as usize)];
+        // SAFETY: inside the buffer; synchronised before the vector is used.
+        unsafe {
+            result::memcpy_dtoh_async(&mut data, from.ptr(), self.stream.cu_stream())?;
+        }
+        self.stream.synchronize()?;
+        Ok(data)
+    }
+
+    /// Floats from the device.
+    ///
+    /// # Errors
+    /// [`CudaError::Driver`].
+    pub fn read_f32(&self, from: &Buffer, count: usize) -> Result<Vec<f32>, CudaError> {
+        let bytes = self.read(from, count * 4)?;
+        Ok(bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect())
+    }
+
+    /// Fills with zero bytes.
+    pub(crate) fn clear(&self, ptr: u64, bytes: u64) -> Result<(), CudaError> {
+        // SAFETY: the caller's range lies inside a buffer.
+        unsafe { result::memset_d8_async(ptr, 0, bytes as usize, self.stream.cu_stream())? };
+        Ok(())
+    }
+
+    /// Copies between places on the device.
+    pub(crate) fn copy(&self, from: u64, to: u64, bytes: u64) -> Result<(), CudaError> {
+        // SAFETY: the caller's ranges lie inside buffers and do not overlap.
+        unsafe { result::memcpy_dtod_async(to, from, bytes as usize, self.stream.cu_stream())? };
+        Ok(())
+    }
+
+    /// Waits for all work.
+    ///
+    /// # Errors
+    /// [`CudaError::Driver`], also for a fault of earlier work.
+    pub fn synchronize(&self) -> Result<(), CudaError> {
+        Ok(self.stream.synchronize()?)
+    }
+
+    /// Peak of the bytes in buffers, in bytes.
+    pub fn peak_bytes(&self) -> u64 {
+        self.memory.peak.get()
+    }
+
+    /// Starts timing launches by class.
+    pub fn start_profile(&self) {
+        self.profile.start();
+    }
+
+    /// Milliseconds and launches by class since [`Device::start_profile`].
+    ///
+    /// # Errors
+    /// [`CudaError::Driver`].
+    pub fn finish_profile(&self) -> Result<BTreeMap<&'static str, (f64, usize)>, CudaError> {
+        self.synchronize()?;
+        self.profile.finish()
+    }
+
+    pub(crate) fn timed<R>(
+        &self,
+        class: &'static str,
+        work: impl FnOnce() -> Result<R, CudaError>,
+    ) -> Result<R, CudaError> {
+        self.profile.span(class, self.stream.cu_stream(), work)
+    }
+
+    fn module(&self, file: &'static str) -> Result<sys::CUmodule, CudaError> {
+        if let Some(module) = self.modules.borrow().get(file) {
+            return Ok(*module);
+        }
+        let text = SOURCES.iter().find(|(name, _)| *name == file).map_or("", |(_, text)| text);
+        let defines = [
+            format!("-DELEMENT={}", self.dtype.element()),
+            format!("-DHEAD_DIM={}", self.head_dim.get()),
+        ];
+        let source = format!("{COMMON}\n#line 1\n{text}");
+        let code = compile::cubin(file, &source, &self.arch, &defines)?;
+        // SAFETY: machine code for this device; modules live as long as the process.
+        let module = unsafe { result::module::load_data(code.as_ptr().cast())? };
+        self.modules.borrow_mut().insert(file, module);
+        Ok(module)
+    }
+
+    fn function(
+        &self,
+        file: &'static str,
+        name: &'static str,
+    ) -> Result<sys::CUfunction, CudaError> {
+        if let Some(function) = self.functions.borrow().get(name) {
+            return Ok(*function);
+        }
+        let symbol = CString::new(name).map_err(|e| CudaError::Input(e.to_string()))?;
+        // SAFETY: the module is loaded and stays.
+        let function = unsafe { result::module::get_function(self.module(file)?, symbol)? };
+        self.functions.borrow_mut().insert(name, function);
+        Ok(function)
+    }
+
+    /// More than 48 KiB of dynamic shared memory must be asked for.
+    fn allow_shared(
+        &self,
+        name: &'static str,
+        function: sys::CUfunction,
+        bytes: usize,
+    ) -> Result<(), CudaError> {
+        let mut allowed = self.allowed.borrow_mut();
+        let most = allowed.entry(name).or_insert(48 << 10);
+        if bytes > *most {
+            let attribute =
+                sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            // SAFETY: a loaded function.
+            unsafe {
+                result::function::set_function_attribute(function, attribute, bytes as i32)?;
+            }
+            *most = bytes;
+        }
+        Ok(())
+    }
+
+    /// Launches a kernel; `args` point to its arguments in order.
+    ///
+    /// # Safety
+    /// The arguments must be those of the kernel, and what they point to large enough.
+    pub(crate) unsafe fn launch(
+        &self,
+        (file, name): (&'static str, &'static str),
+        grid: [usize; 2],
+        block: usize,
+        shared: usize,
+        args: &mut [*mut c_void],
+    ) -> Result<(), CudaError> {
+        if grid[0] == 0 || grid[1] == 0 {
+            return Ok(());
+        }
+        let function = self.function(file, name)?;
+        self.allow_shared(name, function, shared)?;
+        let grid = (grid[0] as u32, grid[1] as u32, 1);
+        let stream = self.stream.cu_stream();
+        self.timed(name, || {
+            // SAFETY: the caller's promise.
+            unsafe {
+                result::launch_kernel(
+                    function,
+                    grid,
+                    (block as u32, 1, 1),
+                    shared as u32,
+                    stream,
+                    args,
+                )?;
+            }
+            Ok(())
+        })
+    }
+}
+
+/// Pointers to arguments, for [`Device::launch`].
+macro_rules! args {
+    ($($arg:expr),* $(,)?) => {
+        &mut [$((&raw const $arg).cast_mut().cast::<std::ffi::c_void>()),*]
+    };
+}
+pub(crate) use args;

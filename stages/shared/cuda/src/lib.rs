@@ -1,0 +1,25 @@
+//! The training step on an NVIDIA GPU.
+//!
+//! [`Device`] is one GPU with a stream of its own: driver, NVRTC and cuBLASLt are opened at run
+//! time. [`Frozen`] holds the weights, in NF4 or plain; [`Lora`] the adapter, its gradient and its
+//! optimiser; [`Step`] runs a micro-batch forward and backward without a host synchronisation in
+//! between. Semantics are those of `model::Model::loss_and_grad`, which is the reference of the
+//! tests.
+
+mod adapter;
+mod attention;
+mod compile;
+mod device;
+mod error;
+mod gemm;
+mod optimizer;
+mod profile;
+mod step;
+mod weights;
+
+pub use adapter::Lora;
+pub use device::{Buffer, Device, Dtype};
+pub use error::CudaError;
+pub use optimizer::{AdamSettings, Optimizer};
+pub use step::{Activations, Spare, Step};
+pub use weights::{Frozen, Linear};

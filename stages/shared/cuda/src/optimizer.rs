@@ -1,0 +1,216 @@
+//! AdamW over the adapter's flat buffer: torch's, and bitsandbytes' with moments in 8 bits.
+
+use std::ops::Range;
+
+use crate::device::{Buffer, Device, args};
+use crate::step::Spare;
+use crate::{CudaError, Lora};
+
+/// Elements that share a scale.
+const BLOCK: usize = 256;
+/// Tensors with fewer elements keep f32 moments in the 8-bit variant, as in bitsandbytes.
+const LEAST_QUANTISED: usize = 4096;
+/// Elements a partial sum of squares covers.
+const PARTIAL: usize = 4096;
+
+/// Constants of a run.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AdamSettings {
+    /// Moments in 8 bits (bitsandbytes' `AdamW8bit`), else torch's AdamW.
+    pub eight_bit: bool,
+    /// Decays of the moments.
+    pub betas: [f64; 2],
+    /// Added to the root of the second moment.
+    pub eps: f64,
+    /// Decoupled weight decay.
+    pub weight_decay: f64,
+    /// Largest global norm of a gradient; 0 is no limit.
+    pub clip: f64,
+}
+
+/// The optimiser and its states.
+pub struct Optimizer {
+    settings: AdamSettings,
+    updates: i32,
+    states: States,
+    partials: Buffer,
+    norm: Buffer,
+    /// The gradient in the layout of the masters: lent memory, else a buffer.
+    gradient: u64,
+    _own: Option<Buffer>,
+}
+
+enum States {
+    Torch { m: Buffer, v: Buffer },
+    Blocks(Blocks),
+}
+
+struct Blocks {
+    m: Buffer,
+    v: Buffer,
+    m_scale: Buffer,
+    v_scale: Buffer,
+    runs: Buffer,
+    count: usize,
+    small_m: Buffer,
+    small_v: Buffer,
+    small_runs: Buffer,
+    small_count: usize,
+    maps: Buffer,
+}
+
+/// Scalars of one update, laid out as the kernels read them.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Scalars {
+    beta1: f32,
+    beta2: f32,
+    one_minus_beta1: f32,
+    one_minus_beta2: f32,
+    step: f32,
+    root: f32,
+    eps: f32,
+    decay: f32,
+}
+
+impl Optimizer {
+    /// Fresh states for tensors that tile the adapter's buffer; `maps` are bitsandbytes' dynamic
+    /// maps, 256 signed values and 256 unsigned. `spare` must outlive the optimiser.
+    ///
+    /// # Errors
+    /// [`CudaError`] where memory runs out.
+    pub fn new(
+        device: &Device,
+        settings: AdamSettings,
+        tensors: &[Range<usize>],
+        maps: &[f32],
+        spare: Option<Spare>,
+    ) -> Result<Self, CudaError> {
+        let count = tensors.last().map_or(0, |t| t.end);
+        let states = if settings.eight_bit {
+            States::Blocks(Blocks::new(device, tensors, maps)?)
+        } else {
+            let bytes = count as u64 * 4;
+            States::Torch { m: device.zeros(bytes)?, v: device.zeros(bytes)? }
+        };
+        let bytes = count as u64 * 4;
+        let lent = spare.filter(|s| s.bytes >= bytes);
+        let own = lent.is_none().then(|| device.alloc(bytes)).transpose()?;
+        Ok(Self {
+            settings,
+            updates: 0,
+            states,
+            partials: device.alloc(count.div_ceil(PARTIAL) as u64 * 8)?,
+            norm: device.zeros(16)?,
+            gradient: lent.map_or_else(|| own.as_ref().map_or(0, Buffer::ptr), |s| s.ptr),
+            _own: own,
+        })
+    }
+
+    fn scalars(&self, learning_rate: f64) -> Scalars {
+        let [beta1, beta2] = self.settings.betas;
+        let power = self.updates;
+        let (first, second) = (1.0 - beta1.powi(power), 1.0 - beta2.powi(power));
+        Scalars {
+            beta1: beta1 as f32,
+            beta2: beta2 as f32,
+            one_minus_beta1: (1.0 - beta1) as f32,
+            one_minus_beta2: (1.0 - beta2) as f32,
+            step: (learning_rate / first) as f32,
+            root: second.sqrt() as f32,
+            eps: self.settings.eps as f32,
+            decay: (1.0 - learning_rate * self.settings.weight_decay) as f32,
+        }
+    }
+
+    /// Clips the gradient, updates the masters and their operands, and zeroes the gradient.
+    ///
+    /// # Errors
+    /// [`CudaError::Driver`].
+    pub fn update(
+        &mut self,
+        device: &Device,
+        lora: &Lora,
+        learning_rate: f64,
+    ) -> Result<(), CudaError> {
+        self.updates += 1;
+        let s = self.scalars(learning_rate);
+        let (p, g, norm) = (lora.values.ptr(), self.gradient, self.norm.ptr());
+        lora.collect(device, g)?;
+        let (partials, count) = (self.partials.ptr(), lora.count as u64);
+        let blocks = lora.count.div_ceil(PARTIAL);
+        let (number, limit) = (blocks as i32, self.settings.clip as f32);
+        const FILE: &str = "optimizer.cu";
+        // SAFETY: buffers were made for this adapter.
+        unsafe {
+            let kernel = (FILE, "square_partials");
+            device.launch(kernel, [blocks, 1], 256, 0, args![g, count, partials])?;
+            let kernel = (FILE, "clip_factor");
+            device.launch(kernel, [1, 1], 256, 0, args![partials, number, limit, norm])?;
+            match &self.states {
+                States::Torch { m, v } => {
+                    let (m, v) = (m.ptr(), v.ptr());
+                    let grid = [lora.count.div_ceil(256), 1];
+                    device.launch(
+                        (FILE, "adamw"),
+                        grid,
+                        256,
+                        0,
+                        args![p, g, m, v, count, s, norm],
+                    )?;
+                }
+                States::Blocks(b) => {
+                    let [m, v, ms, vs] = [&b.m, &b.v, &b.m_scale, &b.v_scale].map(Buffer::ptr);
+                    let (runs, maps) = (b.runs.ptr(), b.maps.ptr());
+                    let args = args![p, g, m, v, ms, vs, runs, maps, s, norm];
+                    device.launch((FILE, "adamw_8bit"), [b.count, 1], 256, 0, args)?;
+                    let [m, v, runs] = [&b.small_m, &b.small_v, &b.small_runs].map(Buffer::ptr);
+                    let args = args![p, g, m, v, runs, s, norm];
+                    let grid = [b.small_count, 1];
+                    device.launch((FILE, "adamw_bitsandbytes"), grid, 256, 0, args)?;
+                }
+            }
+        }
+        lora.refresh(device)?;
+        lora.zero_grad(device)
+    }
+
+    /// Global norm of the newest gradient, before clipping.
+    ///
+    /// # Errors
+    /// [`CudaError::Driver`].
+    pub fn read_norm(&self, device: &Device) -> Result<f32, CudaError> {
+        Ok(device.read_f32(&self.norm, 1)?[0])
+    }
+}
+
+impl Blocks {
+    fn new(device: &Device, tensors: &[Range<usize>], maps: &[f32]) -> Result<Self, CudaError> {
+        let (mut runs, mut small_runs): (Vec<u8>, Vec<u8>) = (Vec::new(), Vec::new());
+        for tensor in tensors {
+            let list = if tensor.len() < LEAST_QUANTISED { &mut small_runs } else { &mut runs };
+            for start in tensor.clone().step_by(BLOCK) {
+                list.extend((start as u64).to_le_bytes());
+                list.extend(((tensor.end - start).min(BLOCK) as u32).to_le_bytes());
+                list.extend([0; 4]);
+            }
+        }
+        let (count, small_count) = (runs.len() / 16, small_runs.len() / 16);
+        let elements = tensors.last().map_or(0, |t| t.end) as u64;
+        // Codes are offsets into the maps: zero is code 127 signed and 0 unsigned, but with a scale
+        // of zero every code means zero.
+        Ok(Self {
+            m: device.zeros(elements)?,
+            v: device.zeros(elements)?,
+            m_scale: device.zeros(count as u64 * 4)?,
+            v_scale: device.zeros(count as u64 * 4)?,
+            runs: device.upload(&runs)?,
+            count,
+            small_m: device.zeros((small_count * BLOCK) as u64 * 4)?,
+            small_v: device.zeros((small_count * BLOCK) as u64 * 4)?,
+            small_runs: device.upload(&small_runs)?,
+            small_count,
+            maps: device.upload_f32(maps)?,
+        })
+    }
+}

@@ -1,0 +1,64 @@
+//! Device time by class of work, from events around launches.
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+
+use cudarc::driver::{result::event, sys};
+
+use crate::CudaError;
+
+/// Pairs of events; off unless asked for, since events cost launches.
+#[derive(Default)]
+pub(crate) struct Profile {
+    spans: RefCell<Option<Vec<(&'static str, sys::CUevent, sys::CUevent)>>>,
+}
+
+impl Profile {
+    /// Starts collecting.
+    pub(crate) fn start(&self) {
+        *self.spans.borrow_mut() = Some(Vec::new());
+    }
+
+    /// Runs `work`, timed as `class` where collecting.
+    pub(crate) fn span<R>(
+        &self,
+        class: &'static str,
+        stream: sys::CUstream,
+        work: impl FnOnce() -> Result<R, CudaError>,
+    ) -> Result<R, CudaError> {
+        if self.spans.borrow().is_none() {
+            return work();
+        }
+        let mark = || -> Result<sys::CUevent, CudaError> {
+            let event = event::create(sys::CUevent_flags::CU_EVENT_DEFAULT)?;
+            // SAFETY: event and stream live.
+            unsafe { event::record(event, stream)? };
+            Ok(event)
+        };
+        let start = mark()?;
+        let result = work()?;
+        let end = mark()?;
+        if let Some(spans) = self.spans.borrow_mut().as_mut() {
+            spans.push((class, start, end));
+        }
+        Ok(result)
+    }
+
+    /// Stops; milliseconds and launches by class. The stream must be idle.
+    pub(crate) fn finish(&self) -> Result<BTreeMap<&'static str, (f64, usize)>, CudaError> {
+        let mut table = BTreeMap::new();
+        for (class, start, end) in self.spans.borrow_mut().take().unwrap_or_default() {
+            // SAFETY: both were recorded on an idle stream; destroyed once.
+            let time = unsafe {
+                let time = event::elapsed(start, end)?;
+                event::destroy(start)?;
+                event::destroy(end)?;
+                time
+            };
+            let entry: &mut (f64, usize) = table.entry(class).or_default();
+            entry.0 += f64::from(time);
+            entry.1 += 1;
+        }
+        Ok(table)
+    }
+}

@@ -1,0 +1,298 @@
+//! Frozen weights on the device, and the operands they are decoded into.
+
+use std::path::Path;
+
+use checkpoint::{ModelConfig, ModelFolder, Weights};
+
+use crate::adapter::{Group, first_row};
+use crate::device::{Buffer, Device, args};
+use crate::{CudaError, Lora};
+
+/// A frozen matrix `[out, in]`.
+pub enum Linear {
+    /// In the device's type.
+    Plain(Buffer),
+    /// NF4 with double quantisation, as bitsandbytes stores it.
+    Nf4 {
+        /// Two codes a byte.
+        codes: Buffer,
+        /// A byte for every block of 64.
+        absmax: Buffer,
+        /// Scale of every 256 of those bytes, f32.
+        nested: Buffer,
+        /// Added to every decoded scale.
+        offset: f32,
+    },
+}
+
+struct Layer {
+    input_norm: Buffer,
+    post_norm: Buffer,
+    linears: Vec<Linear>,
+    /// Of q, k and v side by side.
+    bias: Option<Buffer>,
+}
+
+/// A decoder's frozen weights.
+pub struct Frozen {
+    pub(crate) config: ModelConfig,
+    pub(crate) embed: Buffer,
+    head: Option<Buffer>,
+    pub(crate) norm: Buffer,
+    layers: Vec<Layer>,
+    /// bitsandbytes' dynamic map of absmax bytes.
+    map: Buffer,
+}
+
+/// Names of the projections' weights without layer and suffix.
+const NAMES: [&str; 7] = [
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+];
+
+/// `(in, out)` features of a projection.
+fn shape(c: &ModelConfig, projection: usize) -> (usize, usize) {
+    let (q, kv) = (c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim);
+    let (hidden, ffn) = (c.hidden_size, c.intermediate_size);
+    [
+        (hidden, q),
+        (hidden, kv),
+        (hidden, kv),
+        (q, hidden),
+        (hidden, ffn),
+        (hidden, ffn),
+        (ffn, hidden),
+    ][projection]
+}
+
+impl Frozen {
+    /// Loads a model folder, decoded to the device's type.
+    ///
+    /// # Errors
+    /// [`CudaError`] naming what is missing.
+    pub fn load(device: &Device, folder: &Path) -> Result<Self, CudaError> {
+        let wrong = |e: checkpoint::CheckpointError| CudaError::Input(e.to_string());
+        let folder = ModelFolder::open(folder).map_err(wrong)?;
+        let config = ModelConfig::read(&folder).map_err(wrong)?;
+        let weights = Weights::open(&folder, &config).map_err(wrong)?;
+        let load = |name: &str, shape: &[usize]| weights.load(name, shape).map_err(wrong);
+        let plain =
+            |name: &str, shape: &[usize]| device.upload(&device.dtype.encode(&load(name, shape)?));
+        let norm = |name: &str| device.upload_f32(&load(name, &[config.hidden_size])?);
+        let mut layers = Vec::new();
+        for layer in 0..config.num_hidden_layers {
+            let prefix = format!("model.layers.{layer}");
+            let mut linears = Vec::new();
+            let mut bias: Vec<f32> = Vec::new();
+            for (projection, name) in NAMES.iter().enumerate() {
+                let (inputs, outputs) = shape(&config, projection);
+                let name = format!("{prefix}.{name}");
+                linears.push(Linear::Plain(plain(&format!("{name}.weight"), &[outputs, inputs])?));
+                if config.qkv_bias && projection < 3 {
+                    bias.extend(load(&format!("{name}.bias"), &[outputs])?);
+                }
+            }
+            let bias = (!bias.is_empty()).then(|| device.upload(&device.dtype.encode(&bias)));
+            layers.push(Layer {
+                input_norm: norm(&format!("{prefix}.input_layernorm.weight"))?,
+                post_norm: norm(&format!("{prefix}.post_attention_layernorm.weight"))?,
+                linears,
+                bias: bias.transpose()?,
+            });
+        }
+        let table = [config.vocab_size, config.hidden_size];
+        let untied = weights.has("lm_head.weight") && !config.tie_word_embeddings;
+        Ok(Self {
+            embed: plain("model.embed_tokens.weight", &table)?,
+            head: untied.then(|| plain("lm_head.weight", &table)).transpose()?,
+            norm: norm("model.norm.weight")?,
+            layers,
+            map: device.upload_f32(&[0.0; 256])?,
+            config,
+        })
+    }
+
+    /// Random NF4 weights of a shape, with scales of trained magnitude: for measurements.
+    ///
+    /// # Errors
+    /// [`CudaError`] where memory runs out.
+    pub fn random(device: &Device, config: ModelConfig, seed: u64) -> Result<Self, CudaError> {
+        let mut seed = seed;
+        let mut bytes = |count: usize| {
+            seed += 1;
+            random_bytes(device, seed << 40, count)
+        };
+        let ones = || device.upload_f32(&vec![1.0; config.hidden_size]);
+        let mut layers = Vec::new();
+        for _ in 0..config.num_hidden_layers {
+            let mut linears = Vec::new();
+            for projection in 0..NAMES.len() {
+                let (inputs, outputs) = shape(&config, projection);
+                let blocks = (inputs * outputs).div_ceil(64);
+                // Codes average 0.45 of the scale in magnitude.
+                let scale = 2.2 / (inputs as f32).sqrt();
+                linears.push(Linear::Nf4 {
+                    codes: bytes(inputs * outputs / 2)?,
+                    absmax: bytes(blocks)?,
+                    nested: device.upload_f32(&vec![0.1 * scale; blocks.div_ceil(256)])?,
+                    offset: scale,
+                });
+            }
+            let width = shape(&config, 0).1 + 2 * shape(&config, 1).1;
+            let bias = config.qkv_bias.then(|| device.zeros(width as u64 * device.dtype.size()));
+            let (input_norm, post_norm) = (ones()?, ones()?);
+            layers.push(Layer { input_norm, post_norm, linears, bias: bias.transpose()? });
+        }
+        let count = config.vocab_size * config.hidden_size;
+        let embed = device.elements(count)?;
+        let (ptr, number, scale, seed) = (embed.ptr(), count as u64, 0.02f32, seed << 40 | 1);
+        // SAFETY: as many elements as were allocated.
+        unsafe {
+            device.launch(
+                ("nf4.cu", "random_normal"),
+                [count.div_ceil(256), 1],
+                256,
+                0,
+                args![ptr, seed, scale, number],
+            )?;
+        }
+        let map: Vec<f32> = (0..256).map(|i| (i as f32 - 127.5) / 127.5).collect();
+        let (norm, map) = (ones()?, device.upload_f32(&map)?);
+        Ok(Self { embed, head: None, norm, layers, map, config })
+    }
+
+    pub(crate) fn head(&self) -> u64 {
+        self.head.as_ref().unwrap_or(&self.embed).ptr()
+    }
+
+    pub(crate) fn input_norm(&self, layer: usize) -> u64 {
+        self.layers[layer].input_norm.ptr()
+    }
+
+    pub(crate) fn post_norm(&self, layer: usize) -> u64 {
+        self.layers[layer].post_norm.ptr()
+    }
+
+    /// Bias of a group's outputs, 0 for none.
+    pub(crate) fn bias(&self, layer: usize, group: usize) -> u64 {
+        let bias = self.layers[layer].bias.as_ref().filter(|_| group == 0);
+        bias.map_or(0, Buffer::ptr)
+    }
+
+    /// Decodes the group's weights into `scratch [out, in + width]`, B in the last columns, so that
+    /// one product of `[x, u]` gives `x Wᵀ + u Bᵀ`. Returns the row stride.
+    pub(crate) fn forward_operand(
+        &self,
+        device: &Device,
+        lora: &Lora,
+        (layer, index): (usize, usize),
+        scratch: u64,
+    ) -> Result<usize, CudaError> {
+        let group = &lora.groups[layer][index];
+        let ld = group.inputs + group.width;
+        self.decode(device, layer, index, scratch, ld)?;
+        if group.width > 0 {
+            let to = scratch + group.inputs as u64 * device.dtype.size();
+            let from = lora.operand(group.b);
+            copy_columns(device, (from, group.width), (to, ld), group.width, group.outputs)?;
+        }
+        Ok(ld)
+    }
+
+    /// Decodes the group's weights into `scratch [out + width, in]`, A in the last rows, so that one
+    /// product of `[dy, du]` gives `dy W + du A`.
+    pub(crate) fn backward_operand(
+        &self,
+        device: &Device,
+        lora: &Lora,
+        (layer, index): (usize, usize),
+        scratch: u64,
+    ) -> Result<(), CudaError> {
+        let Group { width, inputs, outputs, a, .. } = lora.groups[layer][index];
+        self.decode(device, layer, index, scratch, inputs)?;
+        let size = device.dtype.size();
+        let bytes = (width * inputs) as u64 * size;
+        if bytes > 0 {
+            device.timed("copy_rows", || {
+                device.copy(lora.operand(a), scratch + (outputs * inputs) as u64 * size, bytes)
+            })?;
+        }
+        Ok(())
+    }
+
+    fn decode(
+        &self,
+        device: &Device,
+        layer: usize,
+        group: usize,
+        scratch: u64,
+        ld: usize,
+    ) -> Result<(), CudaError> {
+        for projection in (0..NAMES.len()).filter(|p| crate::adapter::GROUP_OF[*p] == group) {
+            let (inputs, outputs) = shape(&self.config, projection);
+            let row = first_row(&self.config, projection);
+            let to = scratch + (row * ld) as u64 * device.dtype.size();
+            match &self.layers[layer].linears[projection] {
+                Linear::Plain(weight) => {
+                    copy_columns(device, (weight.ptr(), inputs), (to, ld), inputs, outputs)?;
+                }
+                Linear::Nf4 { codes, absmax, nested, offset } => {
+                    let (codes, absmax, nested) = (codes.ptr(), absmax.ptr(), nested.ptr());
+                    let (map, columns, ld) = (self.map.ptr(), inputs as i32, ld as i32);
+                    let count = (inputs * outputs) as u64;
+                    let grid = [(inputs * outputs).div_ceil(4 * 8 * 256), 1];
+                    // SAFETY: the buffers hold a matrix of this shape; scratch holds the operand.
+                    unsafe {
+                        device.launch(
+                            ("nf4.cu", "nf4_decode"),
+                            grid,
+                            256,
+                            0,
+                            args![codes, absmax, map, nested, *offset, to, columns, ld, count],
+                        )?;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+fn random_bytes(device: &Device, seed: u64, count: usize) -> Result<Buffer, CudaError> {
+    let buffer = device.alloc(count as u64)?;
+    let (ptr, number) = (buffer.ptr(), count as u64);
+    // SAFETY: as many bytes as were allocated.
+    unsafe {
+        let grid = [count.div_ceil(256), 1];
+        device.launch(("nf4.cu", "random_bytes"), grid, 256, 0, args![ptr, seed, number])?;
+    }
+    Ok(buffer)
+}
+
+/// Copies a matrix between row strides.
+pub(crate) fn copy_columns(
+    device: &Device,
+    (from, ld_from): (u64, usize),
+    (to, ld_to): (u64, usize),
+    width: usize,
+    rows: usize,
+) -> Result<(), CudaError> {
+    let vector = 16 / device.dtype.size() as usize;
+    let grid = [(rows * width / vector).div_ceil(256), 1];
+    let [ldi, ldo, width, rows] = [ld_from, ld_to, width, rows].map(|v| v as i32);
+    // SAFETY: the caller's matrices.
+    unsafe {
+        device.launch(
+            ("layer.cu", "copy_columns"),
+            grid,
+            256,
+            0,
+            args![from, ldi, to, ldo, width, rows],
+        )
+    }
+}
