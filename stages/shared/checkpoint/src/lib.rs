@@ -6,6 +6,7 @@ mod chat_template;
 mod config;
 mod error;
 mod folder;
+mod ggml;
 pub mod gguf;
 mod tensors;
 mod tokenizer;

@@ -9,7 +9,7 @@ use memmap2::Mmap;
 use safetensors::{Dtype, SafeTensors};
 use serde::Deserialize;
 
-use crate::{CheckpointError, Family, GgmlType, Gguf, ModelConfig, ModelFolder};
+use crate::{CheckpointError, Family, Gguf, ModelConfig, ModelFolder, ggml};
 
 /// The weights of a model folder.
 pub struct Weights<'a> {
@@ -94,11 +94,12 @@ impl<'a> Weights<'a> {
             return Err(fault(format!("GGUF tensor `{stored}` is {found:?}, expected {shape:?}")));
         }
         let data = gguf.tensor_data(&stored)?;
-        let values = decode_ggml(info.dtype, data, shape.iter().product()).ok_or_else(|| {
+        let values = ggml::decode(info.dtype, data, shape.iter().product()).ok_or_else(|| {
             fault(format!(
-                "GGUF tensor `{stored}` has type {:?} or a size that does not fit it \
-                 (supported: F32, F16, BF16, Q4_0, Q4_1, Q8_0)",
-                info.dtype
+                "GGUF tensor `{stored}` has type {:?}, which is not supported (supported: {}): \
+                 requantise it",
+                info.dtype,
+                ggml::DECODED
             ))
         })?;
         // llama.cpp stores the rows of q and k of the family llama in pairs; Qwen2's as they are.
@@ -175,54 +176,6 @@ fn floats(data: &[u8]) -> Vec<f32> {
     data.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()
 }
 
-/// Decodes `count` elements of a ggml type (layouts of ggml-quants.c); `None` where the type is not
-/// supported or the bytes do not fit it.
-fn decode_ggml(dtype: GgmlType, data: &[u8], count: usize) -> Option<Vec<f32>> {
-    let half = |b: &[u8]| f16::from_bits(u16::from_le_bytes([b[0], b[1]])).to_f32();
-    let blocks = |bytes: usize| {
-        let whole = count.is_multiple_of(32) && data.len() == count / 32 * bytes;
-        whole.then(|| data.chunks_exact(bytes))
-    };
-    let sized = |bytes: usize| (data.len() == count * bytes).then_some(());
-    let mut out = Vec::with_capacity(count);
-    match dtype {
-        GgmlType::F32 => {
-            sized(4)?;
-            out = floats(data);
-        }
-        GgmlType::F16 => {
-            sized(2)?;
-            out = to_f32(Dtype::F16, data)?;
-        }
-        GgmlType::BF16 => {
-            sized(2)?;
-            out = to_f32(Dtype::BF16, data)?;
-        }
-        GgmlType::Q8_0 => {
-            for block in blocks(34)? {
-                let d = half(block);
-                out.extend(block[2..].iter().map(|q| d * f32::from(*q as i8)));
-            }
-        }
-        GgmlType::Q4_0 => {
-            for block in blocks(18)? {
-                let (d, codes) = (half(block), &block[2..]);
-                out.extend(codes.iter().map(|q| d * (f32::from(q & 15) - 8.0)));
-                out.extend(codes.iter().map(|q| d * (f32::from(q >> 4) - 8.0)));
-            }
-        }
-        GgmlType::Q4_1 => {
-            for block in blocks(20)? {
-                let (d, m, codes) = (half(block), half(&block[2..]), &block[4..]);
-                out.extend(codes.iter().map(|q| d * f32::from(q & 15) + m));
-                out.extend(codes.iter().map(|q| d * f32::from(q >> 4) + m));
-            }
-        }
-        _ => return None,
-    }
-    Some(out)
-}
-
 /// llama.cpp's name of a transformers tensor.
 fn gguf_name(name: &str) -> Option<String> {
     let fixed = match name {
@@ -261,18 +214,6 @@ mod tests {
         // One head of four rows; llama.cpp interleaves the halves: 0, 2, 1, 3.
         let stored = [0.0, 0.0, 2.0, 2.0, 1.0, 1.0, 3.0, 3.0];
         assert_eq!(unpermute(&stored, 1, 2), [0.0, 0.0, 1.0, 1.0, 2.0, 2.0, 3.0, 3.0]);
-    }
-
-    #[test]
-    fn q4_1_takes_low_nibbles_first() {
-        let mut block = Vec::new();
-        block.extend(f16::from_f32(0.5).to_le_bytes());
-        block.extend(f16::from_f32(-1.0).to_le_bytes());
-        block.extend([0x21u8; 16]);
-        let values = decode_ggml(GgmlType::Q4_1, &block, 32).unwrap();
-        assert_eq!(values[..16], [-0.5; 16]);
-        assert_eq!(values[16..], [0.0; 16]);
-        assert!(decode_ggml(GgmlType::Q4_1, &block[..19], 32).is_none());
     }
 
     #[test]
