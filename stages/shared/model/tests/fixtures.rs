@@ -77,6 +77,22 @@ fn fixture_tiny_models_give_transformers_logits() {
 }
 
 #[test]
+fn fixture_nf4_checkpoints_give_transformers_logits() {
+    for family in ["llama", "qwen2"] {
+        let folder = fixtures().join(format!("tiny-models/{family}"));
+        let expected = Expected::read(&format!("tiny-models/{family}/expected.safetensors"));
+        let model = Model::load(&folder.join("nf4")).unwrap();
+        let adapter = Adapter::load_peft(&folder.join("adapter"), &model).unwrap();
+        let ids = expected.ints("input_ids");
+        for (adapter, name) in [(None, "logits_nf4"), (Some(&adapter), "logits_nf4_adapter")] {
+            let logits = model.logits(adapter, &ids, &[0, 48, 96]).unwrap();
+            let off = max_difference(&logits, &expected.floats(name));
+            assert!(off < 2e-4, "{family} {name}: {off}");
+        }
+    }
+}
+
+#[test]
 fn hand_written_gradients_equal_burns_autodiff() {
     for family in ["llama", "qwen2"] {
         let expected = Expected::read(&format!("tiny-models/{family}/expected.safetensors"));
