@@ -1,5 +1,5 @@
 //! The fast path against transformers and PEFT, on stored reference outputs.
-#![allow(clippy::unwrap_used, reason = "tests")]
+#![allow(clippy::unwrap_used, clippy::print_stderr, reason = "tests")]
 
 use std::path::PathBuf;
 
@@ -78,6 +78,11 @@ fn fixture_tiny_models_give_transformers_logits() {
 
 #[test]
 fn fixture_nf4_checkpoints_give_transformers_logits() {
+    // The repository's copy holds no quantised checkpoint.
+    if std::env::var_os("PIPE_FIXTURES").is_none() {
+        eprintln!("skipped: PIPE_FIXTURES is not set");
+        return;
+    }
     for family in ["llama", "qwen2"] {
         let folder = fixtures().join(format!("tiny-models/{family}"));
         let expected = Expected::read(&format!("tiny-models/{family}/expected.safetensors"));
