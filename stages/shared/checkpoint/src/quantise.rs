@@ -75,13 +75,13 @@ fn four_bits(values: &[f32], block_size: usize) -> (Vec<u8>, Vec<f32>) {
 fn normalise(block: &[f32], block_size: usize, mut each: impl FnMut(f32)) -> f32 {
     let largest = largest(block);
     let clamped = largest.max(SMALLEST);
-    if block.len() < block_size {
-        block.iter().for_each(|v| each((v / clamped).clamp(-1.0, 1.0)));
-        return clamped;
-    }
+    let whole = block.len() == block_size;
     let inverse = 1.0 / clamped;
-    block.iter().for_each(|v| each((v * inverse).clamp(-1.0, 1.0)));
-    largest
+    for value in block {
+        let scaled = if whole { value * inverse } else { value / clamped };
+        each(scaled.clamp(-1.0, 1.0));
+    }
+    if whole { largest } else { clamped }
 }
 
 fn largest(block: &[f32]) -> f32 {

@@ -94,7 +94,9 @@ fn gguf_file() -> Vec<u8> {
     out.extend(9_u32.to_le_bytes());
     out.extend(8_u32.to_le_bytes());
     out.extend(3_u64.to_le_bytes());
-    ["a", "", "bc"].iter().for_each(|t| text(&mut out, t));
+    for token in ["a", "", "bc"] {
+        text(&mut out, token);
+    }
     text(&mut out, "token_embd.weight");
     out.extend(2_u32.to_le_bytes());
     out.extend([256_u64, 2].iter().flat_map(|d| d.to_le_bytes()));
@@ -134,7 +136,7 @@ fn check_safetensors(bytes: &[u8]) {
     match read_safetensors(bytes) {
         Ok(values) => assert_eq!(values.len(), SHAPE[0] * SHAPE[1]),
         Err(error) => {
-            assert!(error.contains("model.safetensors") || error.contains(NAME), "{error}")
+            assert!(error.contains("model.safetensors") || error.contains(NAME), "{error}");
         }
     }
 }

@@ -188,6 +188,24 @@ fn quantisations_that_are_not_supported_are_named() {
 }
 
 #[test]
+fn models_that_are_not_supported_are_named() {
+    let rope = |kind: &str| json!({"rope_type": kind, "factor": 8.0});
+    for (key, value, message) in [
+        ("model_type", json!("mistral"), "model type `mistral`"),
+        ("rope_scaling", rope("llama3"), "rope scaling `llama3`"),
+        ("rope_scaling", json!({"type": "linear", "factor": 2.0}), "rope scaling `linear`"),
+        ("rope_parameters", rope("yarn"), "rope scaling `yarn`"),
+    ] {
+        let dir = folder(nf4_config(), &golden());
+        let mut config = config(nf4_config());
+        config[key] = value;
+        std::fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
+        let error = linear(dir.path(), "plain.weight", [16, 64]).unwrap_err();
+        assert!(error.contains(message), "{error}");
+    }
+}
+
+#[test]
 fn layer_stored_in_full_must_be_on_the_skip_list() {
     let golden = golden();
     let read = |skip: Value| {
