@@ -5,6 +5,7 @@ use std::path::Path;
 use serde::Deserialize;
 use serde_json::Value;
 
+use crate::quantization::Quantization;
 use crate::{CheckpointError, Gguf, ModelFolder};
 
 /// Model families whose decoders differ only in the fields of [`ModelConfig`].
@@ -165,8 +166,8 @@ impl ModelConfig {
         if hub.hidden_act.as_deref().is_some_and(|a| a != "silu") {
             return refuse(format!("activation `{:?}` is not supported", hub.hidden_act));
         }
-        if hub.quantization_config.is_some() {
-            return refuse("a quantised safetensors checkpoint is not supported yet".to_owned());
+        if let Some(section) = &hub.quantization_config {
+            Quantization::parse(section).map_err(|e| CheckpointError::content(path, e))?;
         }
         let theta = rope.and_then(|r| r.get("rope_theta")).and_then(Value::as_f64);
         Ok(Self {

@@ -18,6 +18,9 @@ const DEFAULT_ALIGNMENT: u64 = 32;
 const MAX_DIMS: u32 = 4;
 /// Arrays of arrays deeper than this are refused: no known writer nests at all.
 const MAX_DEPTH: u32 = 4;
+/// Array elements of all metadata together: a value takes 32 bytes of memory for as little as one
+/// byte of file. The largest tokenizers have about a million tokens and merges.
+const MAX_ELEMENTS: u64 = 1 << 24;
 
 /// A mapped GGUF file.
 #[derive(Debug)]
@@ -329,11 +332,12 @@ struct Cursor<'a> {
     data: &'a [u8],
     at: usize,
     path: &'a Path,
+    elements: u64,
 }
 
 impl<'a> Cursor<'a> {
     fn new(data: &'a [u8], path: &'a Path) -> Self {
-        Self { data, at: 0, path }
+        Self { data, at: 0, path, elements: 0 }
     }
 
     fn fault(&self, offset: usize, message: impl Into<String>) -> CheckpointError {
@@ -449,6 +453,11 @@ impl<'a> Cursor<'a> {
                     _ => 8,
                 };
                 let len = self.count(each, what)?;
+                self.elements += len;
+                if self.elements > MAX_ELEMENTS {
+                    let message = format!("{what} brings the array elements over {MAX_ELEMENTS}");
+                    return Err(self.fault(start, message));
+                }
                 let values = (0..len).map(|_| self.value(of, what, depth + 1));
                 Metadata::Array(values.collect::<Result<_, _>>()?)
             }

@@ -1,15 +1,15 @@
 //! Weights by their transformers names, decoded to f32, from GGUF or safetensors.
 
-use std::collections::BTreeMap;
-use std::fs::File;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use half::{bf16, f16};
-use memmap2::Mmap;
-use safetensors::{Dtype, SafeTensors};
-use serde::Deserialize;
+use safetensors::Dtype;
 
-use crate::{CheckpointError, Family, GgmlType, Gguf, ModelConfig, ModelFolder};
+use crate::nf4::Nf4;
+use crate::packed::{is_packed, read_nf4};
+use crate::quantization::Quantization;
+use crate::shards::{Shards, Stored};
+use crate::{CheckpointError, Family, Gguf, ModelConfig, ModelFolder, ggml};
 
 /// The weights of a model folder.
 pub struct Weights<'a> {
@@ -20,17 +20,26 @@ pub struct Weights<'a> {
 
 enum Source<'a> {
     Gguf(&'a Gguf),
-    Safetensors { shards: Vec<Shard>, of: BTreeMap<String, usize> },
+    Safetensors { shards: Shards, quantization: Option<Quantization> },
 }
 
-struct Shard {
-    path: PathBuf,
-    map: Mmap,
+/// The weight `[out, in]` of a linear layer.
+#[derive(Clone, Debug, PartialEq)]
+pub enum LinearWeight {
+    /// Row-major f32.
+    Full(Vec<f32>),
+    /// Four-bit codes, not decoded.
+    Nf4(Nf4),
 }
 
-#[derive(Deserialize)]
-struct Index {
-    weight_map: BTreeMap<String, String>,
+impl LinearWeight {
+    /// The weight in row-major f32.
+    pub fn into_f32(self) -> Vec<f32> {
+        match self {
+            Self::Full(values) => values,
+            Self::Nf4(packed) => packed.decode(),
+        }
+    }
 }
 
 impl<'a> Weights<'a> {
@@ -41,7 +50,10 @@ impl<'a> Weights<'a> {
     pub fn open(folder: &'a ModelFolder, config: &'a ModelConfig) -> Result<Self, CheckpointError> {
         let source = match folder {
             ModelFolder::Gguf { gguf, .. } => Source::Gguf(gguf),
-            ModelFolder::Safetensors { dir, .. } => open_shards(dir)?,
+            ModelFolder::Safetensors { dir, .. } => Source::Safetensors {
+                quantization: Quantization::read(dir)?,
+                shards: Shards::open(dir)?,
+            },
         };
         Ok(Self { path: folder.path().to_owned(), source, config })
     }
@@ -50,7 +62,7 @@ impl<'a> Weights<'a> {
     pub fn has(&self, name: &str) -> bool {
         match &self.source {
             Source::Gguf(gguf) => gguf_name(name).is_some_and(|n| gguf.tensor(&n).is_some()),
-            Source::Safetensors { of, .. } => of.contains_key(name),
+            Source::Safetensors { shards, .. } => shards.get(name).is_some(),
         }
     }
 
@@ -61,22 +73,58 @@ impl<'a> Weights<'a> {
     pub fn load(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>, CheckpointError> {
         match &self.source {
             Source::Gguf(gguf) => self.load_gguf(gguf, name, shape),
-            Source::Safetensors { shards, of } => {
-                let missing =
-                    || CheckpointError::content(&self.path, format!("tensor `{name}` is missing"));
-                let shard = &shards[*of.get(name).ok_or_else(missing)?];
-                let fault = |message| CheckpointError::content(&shard.path, message);
-                let file =
-                    SafeTensors::deserialize(&shard.map).map_err(|e| fault(e.to_string()))?;
-                let view = file.tensor(name).map_err(|e| fault(format!("{name}: {e}")))?;
-                if view.shape() != shape {
-                    let found = view.shape();
-                    return Err(fault(format!("{name} is {found:?}, expected {shape:?}")));
+            Source::Safetensors { shards, quantization } => {
+                let weight = self.stored(shards, name)?;
+                if let [outputs, inputs] = *shape
+                    && is_packed(shards, name, weight.dtype)
+                {
+                    let shape = [outputs, inputs];
+                    return Ok(
+                        load_nf4(shards, quantization.as_ref(), name, &weight, shape)?.decode()
+                    );
                 }
-                to_f32(view.dtype(), view.data())
-                    .ok_or_else(|| fault(format!("{name} has unsupported type {:?}", view.dtype())))
+                plain(name, &weight, shape)
             }
         }
+    }
+
+    /// Reads the weight `[out, in]` of a linear layer; four-bit codes are not decoded. In a
+    /// quantised checkpoint only the layers that its configuration names may be stored in full.
+    ///
+    /// # Errors
+    /// As [`Weights::load`]; also where the layer is stored other than the configuration says.
+    pub fn load_linear(
+        &self,
+        name: &str,
+        shape: [usize; 2],
+    ) -> Result<LinearWeight, CheckpointError> {
+        let Source::Safetensors { shards, quantization } = &self.source else {
+            return self.load(name, &shape).map(LinearWeight::Full);
+        };
+        let weight = self.stored(shards, name)?;
+        if is_packed(shards, name, weight.dtype) {
+            let packed = load_nf4(shards, quantization.as_ref(), name, &weight, shape)?;
+            return Ok(LinearWeight::Nf4(packed));
+        }
+        if quantization.as_ref().is_some_and(|q| !q.skips(module_of(name))) {
+            let message = format!(
+                "`{name}` is stored as {:?}, but config.json says that it is quantised \
+                 (llm_int8_skip_modules does not name it)",
+                weight.dtype
+            );
+            return Err(CheckpointError::content(weight.path, message));
+        }
+        plain(name, &weight, &shape).map(LinearWeight::Full)
+    }
+
+    fn stored<'s>(&self, shards: &'s Shards, name: &str) -> Result<Stored<'s>, CheckpointError> {
+        shards.get(name).ok_or_else(|| {
+            let other = shards.get(&format!("{}.qweight", module_of(name))).map_or(
+                "",
+                |_| " (there is a `qweight`: GPTQ and AWQ checkpoints are not supported)",
+            );
+            CheckpointError::content(&self.path, format!("tensor `{name}` is missing{other}"))
+        })
     }
 
     fn load_gguf(
@@ -94,11 +142,12 @@ impl<'a> Weights<'a> {
             return Err(fault(format!("GGUF tensor `{stored}` is {found:?}, expected {shape:?}")));
         }
         let data = gguf.tensor_data(&stored)?;
-        let values = decode_ggml(info.dtype, data, shape.iter().product()).ok_or_else(|| {
+        let values = ggml::decode(info.dtype, data, shape.iter().product()).ok_or_else(|| {
             fault(format!(
-                "GGUF tensor `{stored}` has type {:?} or a size that does not fit it \
-                 (supported: F32, F16, BF16, Q4_0, Q4_1, Q8_0)",
-                info.dtype
+                "GGUF tensor `{stored}` has type {:?}, which is not supported (supported: {}): \
+                 requantise it",
+                info.dtype,
+                ggml::DECODED
             ))
         })?;
         // llama.cpp stores the rows of q and k of the family llama in pairs; Qwen2's as they are.
@@ -116,6 +165,38 @@ impl<'a> Weights<'a> {
     }
 }
 
+/// The module of a weight.
+fn module_of(name: &str) -> &str {
+    name.strip_suffix(".weight").unwrap_or(name)
+}
+
+fn load_nf4(
+    shards: &Shards,
+    quantization: Option<&Quantization>,
+    name: &str,
+    weight: &Stored<'_>,
+    shape: [usize; 2],
+) -> Result<Nf4, CheckpointError> {
+    let packed = read_nf4(shards, name, weight, shape)?;
+    let reason = match quantization {
+        None => "config.json has no quantization_config",
+        Some(q) if q.skips(module_of(name)) => "llm_int8_skip_modules names it as stored in full",
+        Some(_) => return Ok(packed),
+    };
+    Err(CheckpointError::content(weight.path, format!("`{name}` is quantised, but {reason}")))
+}
+
+/// Decodes a tensor that is stored as floats.
+fn plain(name: &str, weight: &Stored<'_>, shape: &[usize]) -> Result<Vec<f32>, CheckpointError> {
+    let fault = |message| CheckpointError::content(weight.path, message);
+    if weight.shape != shape {
+        let found = weight.shape;
+        return Err(fault(format!("{name} is {found:?}, expected {shape:?}")));
+    }
+    to_f32(weight.dtype, weight.data)
+        .ok_or_else(|| fault(format!("{name} has unsupported type {:?}", weight.dtype)))
+}
+
 /// Undoes llama.cpp's row order: row `2i + j` of a head is row `j * d/2 + i` in transformers.
 fn unpermute(values: &[f32], heads: usize, width: usize) -> Vec<f32> {
     let d = values.len() / width / heads;
@@ -126,38 +207,6 @@ fn unpermute(values: &[f32], heads: usize, width: usize) -> Vec<f32> {
         out[target * width..(target + 1) * width].copy_from_slice(source);
     }
     out
-}
-
-fn open_shards(dir: &Path) -> Result<Source<'static>, CheckpointError> {
-    let index = dir.join("model.safetensors.index.json");
-    let files: Vec<PathBuf> = if index.exists() {
-        let text = std::fs::read(&index).map_err(|e| CheckpointError::io(&index, e))?;
-        let parsed: Index = serde_json::from_slice(&text)
-            .map_err(|e| CheckpointError::content(&index, e.to_string()))?;
-        let names: std::collections::BTreeSet<_> = parsed.weight_map.into_values().collect();
-        if let Some(name) = names.iter().find(|n| n.contains(['/', '\\'])) {
-            return Err(CheckpointError::content(&index, format!("shard name `{name}`")));
-        }
-        names.iter().map(|n| dir.join(n)).collect()
-    } else {
-        vec![dir.join("model.safetensors")]
-    };
-    let (mut shards, mut of) = (Vec::new(), BTreeMap::new());
-    for path in files {
-        let map = map_file(&path)?;
-        let file = SafeTensors::deserialize(&map)
-            .map_err(|e| CheckpointError::content(&path, e.to_string()))?;
-        of.extend(file.names().into_iter().map(|name| (name.to_owned(), shards.len())));
-        shards.push(Shard { path, map });
-    }
-    Ok(Source::Safetensors { shards, of })
-}
-
-#[expect(unsafe_code, reason = "mapping a file has no safe form")]
-fn map_file(path: &Path) -> Result<Mmap, CheckpointError> {
-    let file = File::open(path).map_err(|e| CheckpointError::io(path, e))?;
-    // SAFETY: inputs of a stage are read-only objects that nobody truncates while it runs.
-    unsafe { Mmap::map(&file) }.map_err(|e| CheckpointError::io(path, e))
 }
 
 /// Little-endian tensor bytes as f32; `None` for types other than F32, F16 and BF16.
@@ -171,56 +220,8 @@ pub fn to_f32(dtype: Dtype, data: &[u8]) -> Option<Vec<f32>> {
     })
 }
 
-fn floats(data: &[u8]) -> Vec<f32> {
+pub(crate) fn floats(data: &[u8]) -> Vec<f32> {
     data.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()
-}
-
-/// Decodes `count` elements of a ggml type (layouts of ggml-quants.c); `None` where the type is not
-/// supported or the bytes do not fit it.
-fn decode_ggml(dtype: GgmlType, data: &[u8], count: usize) -> Option<Vec<f32>> {
-    let half = |b: &[u8]| f16::from_bits(u16::from_le_bytes([b[0], b[1]])).to_f32();
-    let blocks = |bytes: usize| {
-        let whole = count.is_multiple_of(32) && data.len() == count / 32 * bytes;
-        whole.then(|| data.chunks_exact(bytes))
-    };
-    let sized = |bytes: usize| (data.len() == count * bytes).then_some(());
-    let mut out = Vec::with_capacity(count);
-    match dtype {
-        GgmlType::F32 => {
-            sized(4)?;
-            out = floats(data);
-        }
-        GgmlType::F16 => {
-            sized(2)?;
-            out = to_f32(Dtype::F16, data)?;
-        }
-        GgmlType::BF16 => {
-            sized(2)?;
-            out = to_f32(Dtype::BF16, data)?;
-        }
-        GgmlType::Q8_0 => {
-            for block in blocks(34)? {
-                let d = half(block);
-                out.extend(block[2..].iter().map(|q| d * f32::from(*q as i8)));
-            }
-        }
-        GgmlType::Q4_0 => {
-            for block in blocks(18)? {
-                let (d, codes) = (half(block), &block[2..]);
-                out.extend(codes.iter().map(|q| d * (f32::from(q & 15) - 8.0)));
-                out.extend(codes.iter().map(|q| d * (f32::from(q >> 4) - 8.0)));
-            }
-        }
-        GgmlType::Q4_1 => {
-            for block in blocks(20)? {
-                let (d, m, codes) = (half(block), half(&block[2..]), &block[4..]);
-                out.extend(codes.iter().map(|q| d * f32::from(q & 15) + m));
-                out.extend(codes.iter().map(|q| d * f32::from(q >> 4) + m));
-            }
-        }
-        _ => return None,
-    }
-    Some(out)
 }
 
 /// llama.cpp's name of a transformers tensor.
@@ -261,18 +262,6 @@ mod tests {
         // One head of four rows; llama.cpp interleaves the halves: 0, 2, 1, 3.
         let stored = [0.0, 0.0, 2.0, 2.0, 1.0, 1.0, 3.0, 3.0];
         assert_eq!(unpermute(&stored, 1, 2), [0.0, 0.0, 1.0, 1.0, 2.0, 2.0, 3.0, 3.0]);
-    }
-
-    #[test]
-    fn q4_1_takes_low_nibbles_first() {
-        let mut block = Vec::new();
-        block.extend(f16::from_f32(0.5).to_le_bytes());
-        block.extend(f16::from_f32(-1.0).to_le_bytes());
-        block.extend([0x21u8; 16]);
-        let values = decode_ggml(GgmlType::Q4_1, &block, 32).unwrap();
-        assert_eq!(values[..16], [-0.5; 16]);
-        assert_eq!(values[16..], [0.0; 16]);
-        assert!(decode_ggml(GgmlType::Q4_1, &block[..19], 32).is_none());
     }
 
     #[test]

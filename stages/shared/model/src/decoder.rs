@@ -67,7 +67,9 @@ impl Model {
             for projection in 0..crate::PROJECTIONS.len() {
                 let name = crate::adapter::projection_name(index, projection);
                 let (inputs, outputs) = projection_shape(&config, projection);
-                projections.push(matrix(&format!("{name}.weight"), [outputs, inputs])?);
+                let shape = [outputs, inputs];
+                let values = weights.load_linear(&format!("{name}.weight"), shape)?.into_f32();
+                projections.push(Tensor::from_data(TensorData::new(values, shape), &device));
                 let biased = config.qkv_bias && projection < 3;
                 let bias = biased.then(|| vector(&format!("{name}.bias"), outputs)).transpose()?;
                 biases.push(bias);

@@ -1,5 +1,5 @@
 //! The fast path against transformers and PEFT, on stored reference outputs.
-#![allow(clippy::unwrap_used, reason = "tests")]
+#![allow(clippy::unwrap_used, clippy::print_stderr, reason = "tests")]
 
 use std::path::PathBuf;
 
@@ -73,6 +73,27 @@ fn fixture_tiny_models_give_transformers_logits() {
         assert!(off < 2e-4, "{family}: {off}");
         let twin = reference::logits(&model, None, &ids, &cu);
         assert!(max_difference(&logits, &twin) < 2e-4, "{family}: twin");
+    }
+}
+
+#[test]
+fn fixture_nf4_checkpoints_give_transformers_logits() {
+    // The repository's copy holds no quantised checkpoint.
+    if std::env::var_os("PIPE_FIXTURES").is_none() {
+        eprintln!("skipped: PIPE_FIXTURES is not set");
+        return;
+    }
+    for family in ["llama", "qwen2"] {
+        let folder = fixtures().join(format!("tiny-models/{family}"));
+        let expected = Expected::read(&format!("tiny-models/{family}/expected.safetensors"));
+        let model = Model::load(&folder.join("nf4")).unwrap();
+        let adapter = Adapter::load_peft(&folder.join("adapter"), &model).unwrap();
+        let ids = expected.ints("input_ids");
+        for (adapter, name) in [(None, "logits_nf4"), (Some(&adapter), "logits_nf4_adapter")] {
+            let logits = model.logits(adapter, &ids, &[0, 48, 96]).unwrap();
+            let off = max_difference(&logits, &expected.floats(name));
+            assert!(off < 2e-4, "{family} {name}: {off}");
+        }
     }
 }
 
