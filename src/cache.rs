@@ -9,6 +9,8 @@ mod materialise;
 mod object;
 mod scratch;
 mod stat_index;
+#[cfg_attr(not(feature = "remote"), allow(dead_code, reason = "only remotes transfer"))]
+mod transfer;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -24,6 +26,8 @@ pub use object::{Stored, TreeEntry};
 pub use scratch::Scratch;
 
 pub(crate) use durable::{unique_name, unix_seconds};
+#[cfg(feature = "remote")]
+pub(crate) use transfer::{Batch, Partial};
 
 use crate::digest::Fingerprint;
 use crate::record::Record;

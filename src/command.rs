@@ -2,10 +2,14 @@
 
 mod graph;
 mod init;
+mod keys;
 mod kinds;
 mod logs;
 mod outputs;
 mod plan;
+mod pull;
+mod push;
+mod remote;
 mod run;
 mod why;
 
@@ -22,6 +26,7 @@ use crate::graph::StageGraph;
 use crate::lockfile::{LockError, Lockfile};
 use crate::pipeline::{Kinds, Pipeline, PipelineError};
 use crate::plan::{PlanError, PlanOptions, Planner};
+use crate::remote::RemoteError;
 use crate::runner::RunError;
 use crate::{display, exit_code, process};
 
@@ -32,7 +37,8 @@ const PIPELINE_FILE: &str = "pipeline.yaml";
 #[derive(Debug, Parser)]
 #[command(name = "pipe", version, max_term_width = 100, disable_help_subcommand = true)]
 #[command(after_help = "Exit codes: 0 done, 1 defect of pipe, 2 wrong usage, 3 wrong pipeline, \
-    4 a stage failed, 5 cache unusable, 6 `plan --check` found work, 130 interrupted")]
+    4 a stage failed, 5 cache unusable, 6 `plan --check` found work, \
+    7 remote unusable, 130 interrupted")]
 struct Cli {
     #[command(flatten)]
     shared: Shared,
@@ -79,6 +85,12 @@ enum Command {
     Logs(logs::Args),
     /// Write a commented starter pipeline
     Init(init::Args),
+    /// Add what is cached to the remote
+    Push(push::Args),
+    /// Fetch what the remote has, and run nothing
+    Pull(pull::Args),
+    /// Make a key that signs records, or show its public half
+    Keys(keys::Args),
     /// List the stage kinds, or the params, inputs and outputs of one
     Kinds(kinds::Args),
 }
@@ -92,6 +104,8 @@ enum CommandError {
     Cache(#[from] CacheError),
     #[error(transparent)]
     Lock(#[from] LockError),
+    #[error(transparent)]
+    Remote(#[from] RemoteError),
     #[error("{message}")]
     Usage { message: String, help: Option<String> },
     #[error("stage `{stage}` is not in the cache and `--only` keeps it from running")]
@@ -107,6 +121,8 @@ impl CommandError {
         match self {
             Self::Pipeline(_) | Self::Lock(LockError::Content { .. }) => exit_code::BAD_PIPELINE,
             Self::Cache(_) | Self::Lock(LockError::Io { .. }) => exit_code::CACHE,
+            Self::Remote(RemoteError::Config { .. }) => exit_code::USAGE,
+            Self::Remote(_) => exit_code::REMOTE,
             Self::Usage { .. } | Self::NotCached { .. } => exit_code::USAGE,
         }
     }
@@ -117,6 +133,7 @@ impl Diagnostic for CommandError {
         let help = match self {
             Self::Cache(error) => error.help(),
             Self::Usage { help, .. } => help.clone(),
+            Self::Remote(RemoteError::Config { help, .. }) => Some(help.clone()),
             Self::NotCached { .. } => Some("run it first, or leave `--only` out".to_owned()),
             _ => None,
         };
@@ -248,6 +265,9 @@ pub fn main(kinds: &[&dyn StageKind]) -> ExitCode {
         Command::Graph(args) => graph::run(&context, &args),
         Command::Logs(args) => logs::run(&context, &args),
         Command::Init(args) => init::run(&context, &args),
+        Command::Push(args) => push::run(&context, &args),
+        Command::Pull(args) => pull::run(&context, &args),
+        Command::Keys(args) => keys::run(&context, &args),
         Command::Kinds(args) => kinds::run(&context, &args),
     };
     match result {

@@ -16,5 +16,6 @@ pub mod pipeline;
 pub mod plan;
 pub mod process;
 pub mod record;
+pub mod remote;
 pub mod runner;
 pub mod yaml;

@@ -46,6 +46,8 @@ pub struct Pipeline {
     pub stages: Vec<Stage>,
     /// Targets by name, each a list of stages or other targets.
     pub targets: BTreeMap<String, Vec<String>>,
+    /// The shared cache that it names.
+    pub remote: Option<crate::remote::RemoteConfig>,
     /// Texts, for reports.
     pub sources: Sources,
 }

@@ -25,7 +25,9 @@ impl Plain {
     pub(super) fn line(&mut self, event: &Event) -> Option<String> {
         match event {
             Event::StageProgress { stage, progress } => self.progress(stage, progress),
-            Event::StageStarted { stage, .. } => {
+            Event::StageStarted { stage, .. }
+            | Event::StageFetching { stage, .. }
+            | Event::StagePushing { stage, .. } => {
                 self.shown.insert(stage.clone(), (Instant::now(), 0));
                 lasting(event)
             }
@@ -75,6 +77,21 @@ pub(super) fn lasting(event: &Event) -> Option<String> {
         Event::StageWaiting { stage, holder } => {
             format!("{stage}: waiting for {holder}, which works on the same")
         }
+        Event::StageFetching { .. } | Event::StagePushing { .. } => return None,
+        Event::StageFetched { stage, fingerprint, bytes, seconds } => {
+            let (fingerprint, size) = (fingerprint.short(), size(*bytes));
+            format!("{stage}: fetched {fingerprint}, {size} in {}", duration(*seconds))
+        }
+        Event::StageNotFound { stage, why } => format!("{stage}: not fetched: {why}"),
+        Event::StagePushed { stage, fingerprint, stored, seconds } => {
+            let fingerprint = fingerprint.short();
+            if *stored {
+                format!("{stage}: pushed {fingerprint} in {}", duration(*seconds))
+            } else {
+                format!("{stage}: the remote has {fingerprint} already")
+            }
+        }
+        Event::RemoteWarning { message } => format!("warning: {message}"),
         Event::StageStarted { stage, reasons, .. } => {
             format!("{stage}: running ({})", reasons.join("; "))
         }
@@ -95,8 +112,15 @@ pub(super) fn lasting(event: &Event) -> Option<String> {
             format!("{stage}: skipped, because {because_of} failed")
         }
         Event::Interrupted => "interrupted: stopping the running stages".to_owned(),
-        Event::RunFinished { ran, reused, failed, skipped, seconds, saved_seconds } => {
+        Event::PushFinished { stored, there, failed, not_cached, seconds } => {
+            let mut parts = vec![format!("{stored} pushed"), format!("{there} there already")];
+            parts.extend((*failed > 0).then(|| format!("{failed} failed")));
+            parts.extend((*not_cached > 0).then(|| format!("{not_cached} not in the cache")));
+            format!("{} in {}", parts.join(", "), duration(*seconds))
+        }
+        Event::RunFinished { ran, reused, fetched, failed, skipped, seconds, saved_seconds } => {
             let mut parts = vec![format!("{ran} run"), format!("{reused} reused")];
+            parts.extend((*fetched > 0).then(|| format!("{fetched} of them fetched")));
             parts.extend((*failed > 0).then(|| format!("{failed} failed")));
             parts.extend((*skipped > 0).then(|| format!("{skipped} not run")));
             let saved = if *saved_seconds >= 1.0 {

@@ -1,5 +1,7 @@
 //! From the spanned tree of a document to a [`Pipeline`], collecting every problem on the way.
 
+mod remote;
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
@@ -11,7 +13,7 @@ use super::variables::{Variables, apply_set};
 use super::{Input, InputRef, Kinds, Pipeline, Stage};
 use crate::yaml::{self, Key, Node, Place, Tree, YamlError};
 
-const TOP_KEYS: [&str; 5] = ["name", "description", "params", "targets", "stages"];
+const TOP_KEYS: [&str; 6] = ["name", "description", "params", "targets", "stages", "remote"];
 const STAGE_KEYS: [&str; 7] =
     ["kind", "params", "inputs", "env", "pass_env", "require", "description"];
 
@@ -30,6 +32,7 @@ pub(super) fn pipeline(
     reader.references(&stages);
     reader.cycles(&stages);
     reader.targets(&targets, &stages);
+    let remote = reader.remote(&root, &Variables::new(root.get("params")));
     if !reader.problems.is_empty() {
         return Err(PipelineError::of(reader.problems, &sources));
     }
@@ -43,7 +46,7 @@ pub(super) fn pipeline(
         .into_iter()
         .map(|(key, members)| (key.name, members.into_iter().map(|(name, _)| name).collect()))
         .collect();
-    Ok(Pipeline { path: path.to_owned(), dir, name, stages, targets, sources })
+    Ok(Pipeline { path: path.to_owned(), dir, name, stages, targets, remote, sources })
 }
 
 /// Names the first output where a reference names the stage alone.
