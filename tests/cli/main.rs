@@ -6,5 +6,9 @@ mod caching;
 mod commands;
 mod diagnostics;
 mod failures;
+#[cfg(feature = "remote")]
+mod http;
 mod processes;
+#[cfg(feature = "remote")]
+mod remote;
 mod space;
