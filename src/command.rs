@@ -121,9 +121,10 @@ impl CommandError {
         match self {
             Self::Pipeline(_) | Self::Lock(LockError::Content { .. }) => exit_code::BAD_PIPELINE,
             Self::Cache(_) | Self::Lock(LockError::Io { .. }) => exit_code::CACHE,
-            Self::Remote(RemoteError::Config { .. }) => exit_code::USAGE,
+            Self::Remote(RemoteError::Config { .. })
+            | Self::Usage { .. }
+            | Self::NotCached { .. } => exit_code::USAGE,
             Self::Remote(_) => exit_code::REMOTE,
-            Self::Usage { .. } | Self::NotCached { .. } => exit_code::USAGE,
         }
     }
 }

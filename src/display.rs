@@ -3,6 +3,7 @@
 //! Data goes to standard output, everything else to standard error.
 
 mod plain;
+mod shared;
 mod terminal;
 
 use std::fmt::Write as _;

@@ -77,21 +77,6 @@ pub(super) fn lasting(event: &Event) -> Option<String> {
         Event::StageWaiting { stage, holder } => {
             format!("{stage}: waiting for {holder}, which works on the same")
         }
-        Event::StageFetching { .. } | Event::StagePushing { .. } => return None,
-        Event::StageFetched { stage, fingerprint, bytes, seconds } => {
-            let (fingerprint, size) = (fingerprint.short(), size(*bytes));
-            format!("{stage}: fetched {fingerprint}, {size} in {}", duration(*seconds))
-        }
-        Event::StageNotFound { stage, why } => format!("{stage}: not fetched: {why}"),
-        Event::StagePushed { stage, fingerprint, stored, seconds } => {
-            let fingerprint = fingerprint.short();
-            if *stored {
-                format!("{stage}: pushed {fingerprint} in {}", duration(*seconds))
-            } else {
-                format!("{stage}: the remote has {fingerprint} already")
-            }
-        }
-        Event::RemoteWarning { message } => format!("warning: {message}"),
         Event::StageStarted { stage, reasons, .. } => {
             format!("{stage}: running ({})", reasons.join("; "))
         }
@@ -112,12 +97,6 @@ pub(super) fn lasting(event: &Event) -> Option<String> {
             format!("{stage}: skipped, because {because_of} failed")
         }
         Event::Interrupted => "interrupted: stopping the running stages".to_owned(),
-        Event::PushFinished { stored, there, failed, not_cached, seconds } => {
-            let mut parts = vec![format!("{stored} pushed"), format!("{there} there already")];
-            parts.extend((*failed > 0).then(|| format!("{failed} failed")));
-            parts.extend((*not_cached > 0).then(|| format!("{not_cached} not in the cache")));
-            format!("{} in {}", parts.join(", "), duration(*seconds))
-        }
         Event::RunFinished { ran, reused, fetched, failed, skipped, seconds, saved_seconds } => {
             let mut parts = vec![format!("{ran} run"), format!("{reused} reused")];
             parts.extend((*fetched > 0).then(|| format!("{fetched} of them fetched")));
@@ -130,6 +109,7 @@ pub(super) fn lasting(event: &Event) -> Option<String> {
             };
             format!("{} in {}{saved}", parts.join(", "), duration(*seconds))
         }
+        other => return super::shared::lasting(other),
     })
 }
 

@@ -48,7 +48,7 @@ impl Store {
     }
 
     fn below(&self, path: &str) -> Path {
-        path.split('/').fold(self.prefix.clone(), |path, part| path.join(part))
+        path.split('/').fold(self.prefix.clone(), Path::join)
     }
 }
 

@@ -50,7 +50,7 @@ impl Reader<'_> {
     fn policy(&mut self, node: &Node, default: Policy) -> Policy {
         let Some(text) = self.string(node, "a policy of the remote") else { return default };
         text.parse().unwrap_or_else(|()| {
-            let help = suggest(&text, Policy::NAMES.into_iter());
+            let help = suggest(&text, Policy::NAMES);
             let message = format!("`{text}` is no policy of a remote");
             self.problems.push(Problem::at(message, node.place, "here").maybe_help(help));
             default
