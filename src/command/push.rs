@@ -31,7 +31,7 @@ pub(super) fn run(context: &Context<'_>, args: &Args) -> Result<u8, CommandError
         let (message, help) = if settings.is_http() {
             ("plain HTTP can be read only".to_owned(), "name the store itself: s3://, gs://, az://")
         } else {
-            let policy = settings.write_policy();
+            let policy = settings.write;
             (
                 format!("the remote's policy is `write: {policy}`"),
                 "CI=true makes this CI; PIPE_REMOTE_WRITE=always overrides the pipeline file",

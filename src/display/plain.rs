@@ -47,8 +47,8 @@ impl Plain {
         self.shown.insert(stage.to_owned(), (Instant::now(), now));
         let note = if note.is_empty() { String::new() } else { format!(" · {note}") };
         let of = if *total > 0 { format!("/{}", amount(*total, unit)) } else { String::new() };
-        let unit = if unit == "bytes" { "" } else { unit.as_str() };
-        Some(format!("{stage}: {}{of} {unit}{note}", amount(*done, unit)))
+        let shown = if unit == "bytes" { "" } else { unit.as_str() };
+        Some(format!("{stage}: {}{of} {shown}{note}", amount(*done, unit)))
     }
 }
 

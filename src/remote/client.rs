@@ -20,7 +20,7 @@ use crate::record::{OutputRecord, Record};
 /// A remote that has never answered is given up after this long, whatever it does.
 const FIRST_ANSWER: Duration = Duration::from_secs(5);
 /// A question to one that has.
-const ANSWER: Duration = Duration::from_secs(30);
+const ANSWER: Duration = Duration::from_secs(15);
 /// Records are small; anything beyond this is none.
 const MAX_RECORD: u64 = 64 << 20;
 /// How often a transfer looks for an interrupt.
@@ -175,7 +175,7 @@ impl Remote {
         F: Future<Output = object_store::Result<T>>,
     {
         self.check_given_up()?;
-        let open = self.inner().inspect_err(|_| self.give_up())?;
+        let open = self.inner().map_err(|error| self.give_up(error))?;
         let answered = self.answered.load(Ordering::Relaxed);
         let (store, limit) =
             if answered { (&open.moving, ANSWER) } else { (&open.asking, FIRST_ANSWER) };
@@ -189,10 +189,7 @@ impl Remote {
             Ok(Err(error)) => told(&error),
             Err(_) => format!("no answer within {} s", limit.as_secs()),
         };
-        // Of several threads that wait for a silent host, one tells.
-        self.check_given_up()?;
-        self.give_up();
-        Err(unavailable(&self.settings, failed))
+        Err(self.give_up(unavailable(&self.settings, failed)))
     }
 
     /// A long exchange, until the user interrupts.
@@ -217,11 +214,10 @@ impl Remote {
                 () = interrupted => Err(RemoteError::Interrupted),
             }
         });
-        if let Err(RemoteError::Unavailable { .. }) = &result {
-            self.check_given_up()?;
-            self.give_up();
-        }
-        result
+        result.map_err(|error| match error {
+            RemoteError::Unavailable { .. } => self.give_up(error),
+            other => other,
+        })
     }
 
     fn check_given_up(&self) -> Result<(), RemoteError> {
@@ -231,8 +227,12 @@ impl Remote {
         Ok(())
     }
 
-    fn give_up(&self) {
-        self.given_up.store(true, Ordering::SeqCst);
+    /// Of several threads that find the remote unusable, one tells why.
+    fn give_up(&self, why: RemoteError) -> RemoteError {
+        if self.given_up.swap(true, Ordering::SeqCst) {
+            return RemoteError::GivenUp { remote: self.settings.shown() };
+        }
+        why
     }
 
     /// An error of the store during a transfer.

@@ -135,13 +135,17 @@ impl Default for RemoteConfig {
 #[derive(Clone, Debug)]
 pub struct Settings {
     /// The URL, with whatever secrets it holds.
-    pub(crate) url: String,
+    pub url: String,
     /// A folder as URL is relative to this one.
-    pub(crate) dir: PathBuf,
-    pub(crate) read: Policy,
-    pub(crate) write: Policy,
-    pub(crate) sign: Option<PathBuf>,
-    pub(crate) trusted_keys: Vec<PublicKey>,
+    pub dir: PathBuf,
+    /// Who asks it during a run.
+    pub read: Policy,
+    /// Who adds to it.
+    pub write: Policy,
+    /// File of the private key that records are signed with.
+    pub sign: Option<PathBuf>,
+    /// Where not empty, a record counts only if one of these signed it.
+    pub trusted_keys: Vec<PublicKey>,
 }
 
 impl Settings {
@@ -196,11 +200,6 @@ impl Settings {
     pub fn is_http(&self) -> bool {
         self.url.starts_with("http://") || self.url.starts_with("https://")
     }
-
-    /// Who may add to it, as written.
-    pub fn write_policy(&self) -> Policy {
-        self.write
-    }
 }
 
 /// A URL without user, password and query, which may hold secrets.
@@ -210,7 +209,7 @@ pub fn shown(url: &str) -> String {
     let (host, path) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
     // abfss://CONTAINER@ACCOUNT is no secret.
     let host = match host.rsplit_once('@') {
-        Some((_, host)) if scheme.starts_with("http") => host,
+        Some((_, host)) if scheme.ends_with("http") || scheme.ends_with("https") => host,
         _ => host,
     };
     format!("{scheme}://{host}{path}")

@@ -1,7 +1,7 @@
 //! From the remote into the cache. Nothing enters the cache before its digest was checked.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use contract::OutputForm;
@@ -15,10 +15,12 @@ use crate::cache::{Acquired, Batch, Cache, CacheError, Partial, TreeEntry};
 use crate::digest::Digest;
 use crate::record::Record;
 
-/// Objects up to this size are held in memory whole.
+/// Objects up to this size are asked for many at a time.
 const SMALL: u64 = 1 << 20;
-/// Bigger ones come in parts of this size.
+/// Objects up to this size are held in memory whole; bigger ones come in parts of it.
 const PART: u64 = 8 << 20;
+/// Objects between the two that are on their way at the same time.
+const HEAVY_REQUESTS: usize = 8;
 /// Parts of one object, and big objects, on their way at the same time.
 const PARTS: usize = 4;
 const BIG_OBJECTS: usize = 3;
@@ -47,10 +49,15 @@ pub(super) async fn record(
     record: &Record,
     watch: Watch<'_>,
 ) -> Result<u64, RemoteError> {
-    let (mut small, mut big) = (BTreeMap::new(), BTreeMap::new());
+    let (mut small, mut middle, mut big) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
     let mut need = |digest: Digest, bytes: u64| {
         if cache.verify(digest, Some(bytes)).is_err() {
-            if bytes <= SMALL { &mut small } else { &mut big }.insert(digest, bytes);
+            let class = match bytes {
+                0..=SMALL => &mut small,
+                ..=PART => &mut middle,
+                _ => &mut big,
+            };
+            class.insert(digest, bytes);
         }
     };
     for output in record.outputs.values() {
@@ -66,9 +73,10 @@ pub(super) async fn record(
             need(entry.digest, entry.bytes);
         }
     }
-    let total = small.values().chain(big.values()).sum();
+    let total = [&small, &middle, &big].into_iter().flat_map(BTreeMap::values).sum();
     let transfer = Transfer { remote, store, cache, watch, done: AtomicU64::new(0), total };
-    transfer.smalls(small).await?;
+    transfer.whole_ones(small, REQUESTS).await?;
+    transfer.whole_ones(middle, HEAVY_REQUESTS).await?;
     let bigs = stream::iter(big).map(|(digest, bytes)| transfer.big(digest, bytes));
     bigs.buffer_unordered(BIG_OBJECTS).try_collect::<Vec<()>>().await?;
     Ok(total)
@@ -141,7 +149,12 @@ impl Transfer<'_> {
         (self.watch.progress)(done, self.total);
     }
 
-    async fn smalls(&self, wanted: BTreeMap<Digest, u64>) -> Result<(), RemoteError> {
+    /// Objects that fit into memory, so many at a time.
+    async fn whole_ones(
+        &self,
+        wanted: BTreeMap<Digest, u64>,
+        requests: usize,
+    ) -> Result<(), RemoteError> {
         if wanted.is_empty() {
             return Ok(());
         }
@@ -151,7 +164,7 @@ impl Transfer<'_> {
                 let found = checked(self.remote, self.store, digest, Some(bytes)).await?;
                 Ok::<_, RemoteError>((digest, found))
             })
-            .buffer_unordered(REQUESTS);
+            .buffer_unordered(requests);
         let mut result = Ok(());
         while let Some(arrived) = arriving.next().await {
             match arrived {
@@ -188,7 +201,7 @@ impl Transfer<'_> {
             return Ok(());
         }
         let mut partial = self.cache.partial(digest, bytes, PART)?;
-        let resumed = partial.missing().len() as u64 * PART < bytes;
+        let resumed = (partial.missing().len() as u64) < bytes.div_ceil(PART);
         self.parts(digest, bytes, &mut partial).await?;
         match self.cache.adopt(partial, digest) {
             // What an earlier transfer left may be what is wrong.
@@ -218,37 +231,45 @@ impl Transfer<'_> {
         let open: u64 = missing.iter().map(|(_, range)| range.end - range.start).sum();
         self.advance(bytes - open);
         let store = &self.store.store;
+        // After a failure, what is on its way still arrives, for the next attempt.
+        let (mut result, stop) = (Ok(()), &AtomicBool::new(false));
         let mut arriving = stream::iter(missing)
             .map(|(part, range)| async move {
+                if stop.load(Ordering::Relaxed) {
+                    return Ok(None);
+                }
                 let options = GetOptions {
                     range: Some(GetRange::Bounded(range.clone())),
                     ..GetOptions::default()
                 };
                 let got = store.get_opts(path, options).await?;
-                if got.meta.size != bytes || got.range != range {
-                    return Ok((part, None));
-                }
-                Ok((part, Some(got.bytes().await?)))
+                let fits = got.meta.size == bytes && got.range == range;
+                let found = if fits { got.bytes().await?.into() } else { Vec::new() };
+                Ok(Some((part, found)))
             })
             .buffer_unordered(PARTS);
         while let Some(arrived) = arriving.next().await {
-            match arrived {
-                Ok((part, Some(bytes))) => {
-                    partial.put(part, &bytes)?;
-                    self.advance(bytes.len() as u64);
+            let failed = match arrived {
+                Ok(None) => continue,
+                Ok(Some((_, found))) if found.is_empty() => {
+                    self.missing(digest, "has another size")
                 }
-                Ok((_, None)) => return Err(self.missing(digest, "has another size")),
-                Err(object_store::Error::NotFound { .. }) => {
-                    return Err(self.missing(digest, "is missing"));
+                Ok(Some((part, found))) => {
+                    partial.put(part, &found)?;
+                    self.advance(found.len() as u64);
+                    continue;
                 }
+                Err(object_store::Error::NotFound { .. }) => self.missing(digest, "is missing"),
                 Err(object_store::Error::NotSupported { .. }) => {
                     drop(arriving);
                     return self.whole(digest, bytes, partial).await;
                 }
-                Err(error) => return Err(self.remote.failed(&error)),
-            }
+                Err(error) => self.remote.failed(&error),
+            };
+            stop.store(true, Ordering::Relaxed);
+            result = result.and(Err(failed));
         }
-        Ok(())
+        result
     }
 
     fn missing(&self, digest: Digest, what: &str) -> RemoteError {

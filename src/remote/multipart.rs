@@ -31,6 +31,12 @@ struct State {
     parts: BTreeMap<usize, String>,
 }
 
+impl State {
+    fn keep(&self, cache: &Cache, digest: Digest) {
+        cache.keep_upload(digest, serde_json::to_vec(self).ok().as_deref());
+    }
+}
+
 /// Sends an object in parts; `advance` is told of every byte.
 pub(super) async fn send(
     remote: &Remote,
@@ -57,6 +63,7 @@ pub(super) async fn send(
     let id = parts.create_multipart(&path).await.map_err(|e| remote.failed(&e))?;
     let part_bytes = PART.max(bytes.div_ceil(MAX_PARTS));
     let state = State { to, id, part_bytes, parts: BTreeMap::new() };
+    state.keep(cache, digest);
     resume(parts.as_ref(), &path, cache, (digest, bytes), state, advance)
         .await
         .map_err(|cut| cut.into_error(remote))
@@ -107,7 +114,7 @@ async fn resume(
     while let Some(sent) = sending.next().await {
         let (part, size, content_id) = sent?;
         state.parts.insert(part as usize, content_id);
-        cache.keep_upload(digest, serde_json::to_vec(&state).ok().as_deref());
+        state.keep(cache, digest);
         advance(size);
     }
     drop(sending);

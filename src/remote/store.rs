@@ -12,7 +12,7 @@ use object_store::multipart::MultipartStore;
 use object_store::path::Path;
 use object_store::{BackoffConfig, ClientConfigKey, ObjectStore, RetryConfig};
 
-use super::{RemoteError, Settings, local_path};
+use super::{RemoteError, Settings, local_path, shown};
 use crate::digest::{Digest, Fingerprint};
 
 /// A host that is down is given up after this long.
@@ -177,6 +177,7 @@ pub(super) fn told(error: &object_store::Error) -> String {
         _ if whole.len() <= 300 => &whole,
         _ => &deepest,
     };
-    let line: String = text.split_whitespace().collect::<Vec<_>>().join(" ");
-    line.chars().take(300).collect()
+    // Addresses may carry tokens.
+    let words = text.split_whitespace().map(shown);
+    words.collect::<Vec<_>>().join(" ").chars().take(300).collect()
 }

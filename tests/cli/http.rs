@@ -78,9 +78,6 @@ impl State {
         let path = first.split(' ').nth(1)?.trim_start_matches('/');
         let mut fail =
             |status: &str| write!(stream, "HTTP/1.1 {status}\r\ncontent-length: 0\r\n\r\n").ok();
-        if self.bytes.load(Ordering::SeqCst) >= self.limit.load(Ordering::SeqCst) {
-            return fail("403 Forbidden");
-        }
         let Ok(content) = fs::read(self.root.join(path)) else { return fail("404 Not Found") };
         let all = content.len();
         let (status, part, extra) = match range.filter(|_| self.ranges) {
@@ -92,6 +89,11 @@ impl State {
             None => ("200 OK", &content[..], String::new()),
         };
         let head = first.starts_with("HEAD");
+        let given = if head { 0 } else { part.len() as u64 };
+        let before = self.bytes.fetch_add(given, Ordering::SeqCst);
+        if before.saturating_add(given) > self.limit.load(Ordering::SeqCst) {
+            return fail("403 Forbidden");
+        }
         write!(
             stream,
             "HTTP/1.1 {status}\r\n{extra}content-length: {}\r\nlast-modified: Thu, 01 Jan 2026 00:00:00 GMT\r\n\r\n",
@@ -100,7 +102,6 @@ impl State {
         .ok()?;
         if !head {
             stream.write_all(part).ok()?;
-            self.bytes.fetch_add(part.len() as u64, Ordering::SeqCst);
         }
         Some(())
     }
