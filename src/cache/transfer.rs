@@ -29,6 +29,9 @@ pub(crate) struct Partial {
     arrived: Vec<bool>,
     part_bytes: u64,
     bytes: u64,
+    /// Of the first `hashed` parts, which came in order; spares reading them again.
+    hasher: blake3::Hasher,
+    hashed: usize,
 }
 
 impl Cache {
@@ -62,7 +65,8 @@ impl Cache {
             mark_file.set_len(0).map_err(io)?;
             file.set_len(bytes).map_err(io)?;
         }
-        Ok(Partial { path, marks, file, mark_file, arrived, part_bytes, bytes })
+        let hasher = blake3::Hasher::new();
+        Ok(Partial { path, marks, file, mark_file, arrived, part_bytes, bytes, hasher, hashed: 0 })
     }
 
     /// A whole big object takes its place.
@@ -70,9 +74,14 @@ impl Cache {
     /// # Errors
     /// [`CacheError::Damaged`] where the bytes are not those of the digest; then they are gone.
     pub(crate) fn adopt(&self, partial: Partial, digest: Digest) -> Result<(), CacheError> {
-        let Partial { path, marks, file, .. } = partial;
+        let in_order = partial.hashed == partial.arrived.len();
+        let Partial { path, marks, file, hasher, .. } = partial;
         let io = |e| CacheError::io("store", &path, e);
-        let found = File::open(&path).and_then(|f| super::object::hash(&f)).map_err(io)?;
+        let found = if in_order {
+            Digest(*hasher.finalize().as_bytes())
+        } else {
+            File::open(&path).and_then(|f| super::object::hash(&f)).map_err(io)?
+        };
         if found == digest {
             read_only(&file)
                 .and_then(|mode| file.set_permissions(mode))
@@ -222,6 +231,10 @@ impl Partial {
         };
         write().map_err(|e| CacheError::io("write", &self.path, e))?;
         self.arrived[part] = true;
+        if part == self.hashed {
+            self.hasher.update(bytes);
+            self.hashed += 1;
+        }
         Ok(())
     }
 

@@ -34,6 +34,8 @@ pub struct Remote {
     opening: Mutex<()>,
     answered: AtomicBool,
     given_up: AtomicBool,
+    /// Said that records cannot be signed.
+    unsignable: AtomicBool,
     /// Objects found damaged or missing: the only ones that an upload replaces.
     pub(super) damaged: Mutex<BTreeSet<Digest>>,
 }
@@ -63,6 +65,7 @@ impl Remote {
             opening: Mutex::new(()),
             answered: AtomicBool::new(false),
             given_up: AtomicBool::new(false),
+            unsignable: AtomicBool::new(false),
             damaged: Mutex::default(),
         })
     }
@@ -133,6 +136,21 @@ impl Remote {
         verify: bool,
         watch: Watch<'_>,
     ) -> Result<Offered, RemoteError> {
+        let signer = self.signer().map_err(|error| {
+            let told = self.unsignable.swap(true, Ordering::SeqCst);
+            if told { RemoteError::GivenUp { remote: self.settings.shown() } } else { error }
+        })?;
+        // Finds out within seconds whether anybody is there.
+        let path = |store: &Store| store.record(&record.identity.kind, record.fingerprint);
+        let found =
+            self.question(|store| async move { get_record(&store, &path(&store)).await })?;
+        self.transfer(watch.interrupts, |store| async move {
+            upload::record(self, &store, cache, record, signer.as_ref(), found, verify, watch).await
+        })
+    }
+
+    /// What signs records; none where nobody asks for signatures.
+    fn signer(&self) -> Result<Option<sign::Signer>, RemoteError> {
         let signer = sign::Signer::of(&self.settings)?;
         let trusted = &self.settings.trusted_keys;
         let own = signer.as_ref().map(sign::Signer::public);
@@ -142,13 +160,7 @@ impl Remote {
                 "name the key file as `sign: FILE`, or put the key into PIPE_SIGN_KEY",
             ));
         }
-        // Finds out within seconds whether anybody is there.
-        let path = |store: &Store| store.record(&record.identity.kind, record.fingerprint);
-        let found =
-            self.question(|store| async move { get_record(&store, &path(&store)).await })?;
-        self.transfer(watch.interrupts, |store| async move {
-            upload::record(self, &store, cache, record, signer.as_ref(), found, verify, watch).await
-        })
+        Ok(signer)
     }
 
     fn inner(&self) -> Result<&Open, RemoteError> {

@@ -247,7 +247,7 @@ impl Transfer<'_> {
                 let found = if fits { got.bytes().await?.into() } else { Vec::new() };
                 Ok(Some((part, found)))
             })
-            .buffer_unordered(PARTS);
+            .buffered(PARTS);
         while let Some(arrived) = arriving.next().await {
             let failed = match arrived {
                 Ok(None) => continue,

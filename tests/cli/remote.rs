@@ -162,7 +162,8 @@ fn unsigned_and_wrongly_signed_records_are_misses_with_a_reason() {
     }
 
     // Nobody would believe what is written without a key, or with another.
-    with(&space, &["run", "left"], &[]).code(0);
+    let run = with(&space, &["run"], &[]).code(0);
+    assert_eq!(run.err.matches("nobody would believe").count(), 1, "{}", run.err);
     let unsigned = with(&space, &["push", "left"], &[]).code(7);
     assert!(unsigned.err.contains("not signed by one of `trusted_keys`"), "{}", unsigned.err);
     space.replace("trusted_keys", "sign: theirs.key, trusted_keys");
