@@ -52,10 +52,12 @@ pub(super) async fn record(
     let (mut small, mut middle, mut big) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
     let mut need = |digest: Digest, bytes: u64| {
         if cache.verify(digest, Some(bytes)).is_err() {
-            let class = match bytes {
-                0..=SMALL => &mut small,
-                ..=PART => &mut middle,
-                _ => &mut big,
+            let class = if bytes <= SMALL {
+                &mut small
+            } else if bytes <= PART {
+                &mut middle
+            } else {
+                &mut big
             };
             class.insert(digest, bytes);
         }

@@ -83,67 +83,82 @@ pub(super) fn open(settings: &Settings, patience: Patience) -> Result<Store, Rem
     let Some((scheme, rest)) = settings.url.split_once("://") else {
         return folder(settings, &settings.url);
     };
-    let retry = patience.retry();
-    let client = [
-        (ClientConfigKey::ConnectTimeout, CONNECT),
-        (ClientConfigKey::ReadTimeout, SILENCE),
-        // A big object takes as long as it takes; silence is what ends a request.
-        (ClientConfigKey::Timeout, "1day"),
-    ];
-    let wrong = |e: object_store::Error| wrong(settings, &e);
-    let url = &settings.url;
-    let prefix = |rest: &str| Path::from(rest.split_once('/').map_or("", |(_, path)| path));
     match scheme {
         "file" => folder(settings, rest),
-        "s3" | "s3a" => {
-            let mut builder = AmazonS3Builder::from_env().with_url(url).with_retry(retry);
-            for (key, value) in client {
-                builder = builder.with_config(AmazonS3ConfigKey::Client(key), value);
-            }
-            // Objects are checked by digest where they arrive; hashing them twice buys nothing.
-            if std::env::var_os("AWS_UNSIGNED_PAYLOAD").is_none() {
-                builder = builder.with_unsigned_payload(true);
-            }
-            // An endpoint that the user wrote with http is meant so.
-            let endpoint = builder.get_config_value(&AmazonS3ConfigKey::Endpoint);
-            let plain = endpoint.is_some_and(|e| e.starts_with("http://"));
-            if plain {
-                builder = builder.with_allow_http(true);
-            }
-            let store = Arc::new(builder.build().map_err(wrong)?);
-            Ok(Store { parts: Some(store.clone()), store, prefix: prefix(rest) })
-        }
-        "gs" | "gcs" => {
-            let mut builder = GoogleCloudStorageBuilder::from_env().with_url(url).with_retry(retry);
-            for (key, value) in client {
-                builder = builder.with_config(GoogleConfigKey::Client(key), value);
-            }
-            let store = Arc::new(builder.build().map_err(wrong)?);
-            Ok(Store { parts: Some(store.clone()), store, prefix: prefix(rest) })
-        }
-        "az" | "azure" | "abfs" | "abfss" | "adl" => {
-            let mut builder = MicrosoftAzureBuilder::from_env().with_url(url).with_retry(retry);
-            for (key, value) in client {
-                builder = builder.with_config(AzureConfigKey::Client(key), value);
-            }
-            let store = Arc::new(builder.build().map_err(wrong)?);
-            Ok(Store { parts: Some(store.clone()), store, prefix: prefix(rest) })
-        }
-        "http" | "https" => {
-            let mut builder = HttpBuilder::new().with_url(url.trim_end_matches('/'));
-            builder = builder.with_config(ClientConfigKey::AllowHttp, "true");
-            for (key, value) in client {
-                builder = builder.with_config(key, value);
-            }
-            let store = Arc::new(builder.with_retry(retry).build().map_err(wrong)?);
-            Ok(Store { parts: None, store, prefix: Path::default() })
-        }
+        "s3" | "s3a" => s3(settings, rest, patience),
+        "gs" | "gcs" => google(settings, rest, patience),
+        "az" | "azure" | "abfs" | "abfss" | "adl" => azure(settings, rest, patience),
+        "http" | "https" => http(settings, patience),
         _ => Err(RemoteError::config(
             format!("the remote {} is of no known kind", settings.shown()),
             "s3://BUCKET/PREFIX, gs://BUCKET/PREFIX, az://CONTAINER/PREFIX, http(s)://HOST/PATH \
              or a folder",
         )),
     }
+}
+
+fn s3(settings: &Settings, rest: &str, patience: Patience) -> Result<Store, RemoteError> {
+    let mut builder = AmazonS3Builder::from_env().with_url(&settings.url);
+    for (key, value) in client() {
+        builder = builder.with_config(AmazonS3ConfigKey::Client(key), value);
+    }
+    // Objects are checked by digest where they arrive; hashing them twice buys nothing.
+    if std::env::var_os("AWS_UNSIGNED_PAYLOAD").is_none() {
+        builder = builder.with_unsigned_payload(true);
+    }
+    // An endpoint that the user wrote with http is meant so.
+    let endpoint = builder.get_config_value(&AmazonS3ConfigKey::Endpoint);
+    if endpoint.is_some_and(|e| e.starts_with("http://")) {
+        builder = builder.with_allow_http(true);
+    }
+    in_parts(settings, rest, builder.with_retry(patience.retry()).build())
+}
+
+fn google(settings: &Settings, rest: &str, patience: Patience) -> Result<Store, RemoteError> {
+    let mut builder = GoogleCloudStorageBuilder::from_env().with_url(&settings.url);
+    for (key, value) in client() {
+        builder = builder.with_config(GoogleConfigKey::Client(key), value);
+    }
+    in_parts(settings, rest, builder.with_retry(patience.retry()).build())
+}
+
+fn azure(settings: &Settings, rest: &str, patience: Patience) -> Result<Store, RemoteError> {
+    let mut builder = MicrosoftAzureBuilder::from_env().with_url(&settings.url);
+    for (key, value) in client() {
+        builder = builder.with_config(AzureConfigKey::Client(key), value);
+    }
+    in_parts(settings, rest, builder.with_retry(patience.retry()).build())
+}
+
+fn http(settings: &Settings, patience: Patience) -> Result<Store, RemoteError> {
+    let mut builder = HttpBuilder::new().with_url(settings.url.trim_end_matches('/'));
+    builder = builder.with_config(ClientConfigKey::AllowHttp, "true");
+    for (key, value) in client() {
+        builder = builder.with_config(key, value);
+    }
+    let store = builder.with_retry(patience.retry()).build().map_err(|e| wrong(settings, &e))?;
+    Ok(Store { parts: None, store: Arc::new(store), prefix: Path::default() })
+}
+
+/// How every client over a network is set up.
+fn client() -> [(ClientConfigKey, &'static str); 3] {
+    [
+        (ClientConfigKey::ConnectTimeout, CONNECT),
+        (ClientConfigKey::ReadTimeout, SILENCE),
+        // A big object takes as long as it takes; silence is what ends a request.
+        (ClientConfigKey::Timeout, "1day"),
+    ]
+}
+
+/// A store that takes uploads in parts; the cache begins below the bucket.
+fn in_parts<S: ObjectStore + MultipartStore>(
+    settings: &Settings,
+    rest: &str,
+    built: object_store::Result<S>,
+) -> Result<Store, RemoteError> {
+    let store = Arc::new(built.map_err(|e| wrong(settings, &e))?);
+    let prefix = Path::from(rest.split_once('/').map_or("", |(_, path)| path));
+    Ok(Store { parts: Some(store.clone()), store, prefix })
 }
 
 fn folder(settings: &Settings, path: &str) -> Result<Store, RemoteError> {
@@ -184,4 +199,49 @@ pub(super) fn told(error: &object_store::Error) -> String {
     // Addresses may carry tokens.
     let words = text.split_whitespace().map(shown);
     words.collect::<Vec<_>>().join(" ").chars().take(300).collect()
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use super::*;
+    use crate::remote::RemoteConfig;
+
+    fn settings(url: &str) -> Settings {
+        let config = RemoteConfig { url: url.to_owned(), ..RemoteConfig::default() };
+        let dir = std::env::temp_dir();
+        let RemoteConfig { url, read, write, trusted_keys, .. } = config;
+        Settings { url, dir, read, write, sign: None, trusted_keys }
+    }
+
+    #[test]
+    fn cache_begins_below_the_prefix_of_the_url() {
+        let digest = Digest([0xab; 32]);
+        let rest = "ab".repeat(31);
+        for (url, prefix) in [
+            ("s3://bucket/team/cache", "team/cache/"),
+            ("s3://bucket", ""),
+            ("gs://bucket/team/", "team/"),
+            ("https://host/path", ""),
+            (".", ""),
+        ] {
+            let store = open(&settings(url), Patience::Little).unwrap();
+            let path = store.object(digest).to_string();
+            assert_eq!(path, format!("{prefix}objects-v1/ab/{rest}"), "{url}");
+        }
+        for url in ["ftp://host/path", "s3://"] {
+            let error = open(&settings(url), Patience::Little).unwrap_err();
+            assert!(matches!(error, RemoteError::Config { .. }), "{url}: {error}");
+        }
+    }
+
+    #[test]
+    fn reasons_are_short_and_hold_no_token() {
+        let source =
+            format!("request to https://me:pw@host/x?sig=secret failed {}", "x".repeat(900));
+        let error = object_store::Error::Generic { store: "S3", source: source.into() };
+        let told = told(&error);
+        assert!(told.contains("https://host/x") && told.chars().count() <= 300, "{told}");
+        assert!(!told.contains("secret") && !told.contains("me:pw"), "{told}");
+    }
 }
