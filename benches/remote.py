@@ -136,6 +136,14 @@ def trials(t):
     text = t.run("run", cache="wrong", PIPE_REMOTE_WRITE="never", AWS_SKIP_SIGNATURE="true")
     check("an unsigned request is refused", text.count("warning") == 1)
 
+    with socket.socket() as mute:
+        mute.bind(("127.0.0.1", 0))
+        mute.listen()
+        t.drop("mute")
+        clock = time.monotonic()
+        text = t.run("run", cache="mute", AWS_ENDPOINT=f"http://127.0.0.1:{mute.getsockname()[1]}")
+        check(f"a server that says nothing costs one warning ({time.monotonic() - clock:.1f} s with the run)",
+              text.count("warning") == 1 and "2 run" in text)
     t.stop()
     t.drop("down")
     clock = time.monotonic()
