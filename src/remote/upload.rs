@@ -7,6 +7,7 @@ use contract::OutputForm;
 use futures_util::{StreamExt, TryStreamExt, stream};
 use object_store::{ObjectStoreExt, PutMode, PutOptions, PutPayload};
 use serde_json::Value;
+use tokio::sync::Semaphore;
 
 use super::client::{Found, Remote, get_record};
 use super::sign::Signer;
@@ -19,9 +20,11 @@ use crate::record::Record;
 /// So small an object is sent without asking whether it is there: the answer comes with it.
 const UNASKED: u64 = 64 << 10;
 /// Objects up to this size are sent in one request.
-const WHOLE: u64 = 8 << 20;
-/// Requests that hold up to [`WHOLE`] bytes in memory.
+const WHOLE: u64 = 64 << 20;
+/// Requests with such objects, as far as they fit into [`MEMORY`].
 const HEAVY_REQUESTS: usize = 8;
+/// MiB that objects on their way may take.
+const MEMORY: u32 = 128;
 /// Objects that are sent in parts at the same time.
 const BIG_OBJECTS: usize = 2;
 /// How often a record that changes under our hands is looked at again.
@@ -37,6 +40,7 @@ struct Transfer<'a> {
     watch: Watch<'a>,
     done: AtomicU64,
     total: u64,
+    memory: Semaphore,
 }
 
 /// Adds a record and its objects; `found` is what the remote has in its place.
@@ -57,7 +61,8 @@ pub(super) async fn record(
     }
     let objects = objects(cache, record)?;
     let total = objects.values().sum();
-    let transfer = Transfer { remote, store, cache, watch, done: AtomicU64::new(0), total };
+    let (done, memory) = (AtomicU64::new(0), Semaphore::new(MEMORY as usize));
+    let transfer = Transfer { remote, store, cache, watch, done, total, memory };
     let mut value = serde_json::to_value(record).map_err(|e| defect(&e))?;
     if let Some(signer) = signer {
         signer.sign(&mut value);
@@ -224,6 +229,9 @@ impl Transfer<'_> {
     }
 
     async fn send(&self, digest: Digest, bytes: u64, mode: PutMode) -> Result<(), RemoteError> {
+        // The semaphore is never closed; without a permit, only memory would be at stake.
+        let room = u32::try_from(bytes >> 20).unwrap_or(MEMORY).clamp(1, MEMORY);
+        let _room = self.memory.acquire_many(room).await.ok();
         let content = self.cache.read_object(digest, 0, bytes as usize)?;
         let options = PutOptions { mode, ..PutOptions::default() };
         let path = self.store.object(digest);
