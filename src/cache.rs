@@ -10,6 +10,8 @@ mod object;
 mod runs;
 mod scratch;
 mod stat_index;
+#[cfg_attr(not(feature = "remote"), allow(dead_code, reason = "only remotes transfer"))]
+mod transfer;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -25,6 +27,8 @@ pub use object::{Stored, TreeEntry};
 pub use scratch::Scratch;
 
 pub(crate) use durable::{unique_name, unix_seconds};
+#[cfg(feature = "remote")]
+pub(crate) use transfer::{Batch, Partial};
 
 use crate::digest::Fingerprint;
 use crate::record::Record;

@@ -2,6 +2,7 @@
 
 mod graph;
 mod init;
+mod keys;
 mod kinds;
 mod logs;
 mod metrics;
@@ -10,6 +11,9 @@ mod params;
 mod plan;
 mod predictions;
 mod revision;
+mod pull;
+mod push;
+mod remote;
 mod run;
 mod runs;
 mod side;
@@ -28,6 +32,7 @@ use crate::graph::StageGraph;
 use crate::lockfile::{LockError, Lockfile};
 use crate::pipeline::{Kinds, Pipeline, PipelineError};
 use crate::plan::{PlanError, PlanOptions, Planner};
+use crate::remote::RemoteError;
 use crate::runner::RunError;
 use crate::{display, exit_code, process};
 
@@ -38,7 +43,8 @@ const PIPELINE_FILE: &str = "pipeline.yaml";
 #[derive(Debug, Parser)]
 #[command(name = "pipe", version, max_term_width = 100, disable_help_subcommand = true)]
 #[command(after_help = "Exit codes: 0 done, 1 defect of pipe, 2 wrong usage, 3 wrong pipeline, \
-    4 a stage failed, 5 cache unusable, 6 `plan --check` found work, 130 interrupted")]
+    4 a stage failed, 5 cache unusable, 6 `plan --check` found work, \
+    7 remote unusable, 130 interrupted")]
 struct Cli {
     #[command(flatten)]
     shared: Shared,
@@ -93,6 +99,12 @@ enum Command {
     Runs(runs::Args),
     /// Write a commented starter pipeline
     Init(init::Args),
+    /// Add what is cached to the remote
+    Push(push::Args),
+    /// Fetch what the remote has, and run nothing
+    Pull(pull::Args),
+    /// Make a key that signs records, or show its public half
+    Keys(keys::Args),
     /// List the stage kinds, or the params, inputs and outputs of one
     Kinds(kinds::Args),
 }
@@ -106,6 +118,8 @@ enum CommandError {
     Cache(#[from] CacheError),
     #[error(transparent)]
     Lock(#[from] LockError),
+    #[error(transparent)]
+    Remote(#[from] RemoteError),
     #[error("{message}")]
     Usage { message: String, help: Option<String> },
     #[error("stage `{stage}` is not in the cache and `--only` keeps it from running")]
@@ -121,7 +135,10 @@ impl CommandError {
         match self {
             Self::Pipeline(_) | Self::Lock(LockError::Content { .. }) => exit_code::BAD_PIPELINE,
             Self::Cache(_) | Self::Lock(LockError::Io { .. }) => exit_code::CACHE,
-            Self::Usage { .. } | Self::NotCached { .. } => exit_code::USAGE,
+            Self::Remote(RemoteError::Config { .. })
+            | Self::Usage { .. }
+            | Self::NotCached { .. } => exit_code::USAGE,
+            Self::Remote(_) => exit_code::REMOTE,
         }
     }
 }
@@ -131,6 +148,7 @@ impl Diagnostic for CommandError {
         let help = match self {
             Self::Cache(error) => error.help(),
             Self::Usage { help, .. } => help.clone(),
+            Self::Remote(RemoteError::Config { help, .. }) => Some(help.clone()),
             Self::NotCached { .. } => Some("run it first, or leave `--only` out".to_owned()),
             _ => None,
         };
@@ -276,6 +294,9 @@ pub fn main(kinds: &[&dyn StageKind]) -> ExitCode {
         Command::Predictions(args) => predictions::run(&context, &args),
         Command::Runs(args) => runs::run(&context, &args),
         Command::Init(args) => init::run(&context, &args),
+        Command::Push(args) => push::run(&context, &args),
+        Command::Pull(args) => pull::run(&context, &args),
+        Command::Keys(args) => keys::run(&context, &args),
         Command::Kinds(args) => kinds::run(&context, &args),
     };
     match result {

@@ -4,6 +4,7 @@
 
 mod plain;
 mod table;
+mod shared;
 mod terminal;
 
 use std::fmt::Write as _;

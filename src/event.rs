@@ -44,6 +44,58 @@ pub enum Event {
         /// Log file.
         log: PathBuf,
     },
+    /// A stage's artifacts come from the remote.
+    StageFetching {
+        /// Stage.
+        stage: String,
+        /// Fingerprint.
+        fingerprint: Fingerprint,
+        /// URL of the remote.
+        from: String,
+    },
+    /// They are in the cache now; the stage counts as reused.
+    StageFetched {
+        /// Stage.
+        stage: String,
+        /// Fingerprint.
+        fingerprint: Fingerprint,
+        /// Bytes that had to come.
+        bytes: u64,
+        /// Wall time in seconds.
+        seconds: f64,
+    },
+    /// `pull` found no artifacts of a stage.
+    StageNotFound {
+        /// Stage.
+        stage: String,
+        /// Why.
+        why: String,
+    },
+    /// A stage's artifacts go to the remote.
+    StagePushing {
+        /// Stage.
+        stage: String,
+        /// Fingerprint.
+        fingerprint: Fingerprint,
+        /// URL of the remote.
+        to: String,
+    },
+    /// The remote has a stage's artifacts now.
+    StagePushed {
+        /// Stage.
+        stage: String,
+        /// Fingerprint.
+        fingerprint: Fingerprint,
+        /// It did not have them before.
+        stored: bool,
+        /// Wall time in seconds.
+        seconds: f64,
+    },
+    /// The remote could not be used, or has something that is not to be used.
+    RemoteWarning {
+        /// What went wrong.
+        message: String,
+    },
     /// A running stage said something.
     StageProgress {
         /// Stage.
@@ -87,12 +139,27 @@ pub enum Event {
     },
     /// The user interrupted the run.
     Interrupted,
+    /// A push is over.
+    PushFinished {
+        /// Stages that the remote has now.
+        stored: usize,
+        /// Stages that it had before.
+        there: usize,
+        /// Stages that could not be pushed.
+        failed: usize,
+        /// Stages that are not in the cache.
+        not_cached: usize,
+        /// Wall time in seconds.
+        seconds: f64,
+    },
     /// The run is over.
     RunFinished {
         /// Stages run.
         ran: usize,
         /// Stages reused.
         reused: usize,
+        /// Those of them that came from the remote.
+        fetched: usize,
         /// Stages failed.
         failed: usize,
         /// Stages skipped.

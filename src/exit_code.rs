@@ -14,5 +14,7 @@ pub const STAGE_FAILED: u8 = 4;
 pub const CACHE: u8 = 5;
 /// `plan --check` found something to run.
 pub const WOULD_RUN: u8 = 6;
+/// The remote cannot be used, or lacks what was asked for.
+pub const REMOTE: u8 = 7;
 /// Interrupted by a signal (128 + SIGINT).
 pub const INTERRUPTED: u8 = 130;

@@ -17,6 +17,7 @@ pub mod pipeline;
 pub mod plan;
 pub mod process;
 pub mod record;
+pub mod remote;
 pub mod runner;
 pub mod runs;
 pub mod yaml;

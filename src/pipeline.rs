@@ -52,6 +52,8 @@ pub struct Pipeline {
     pub targets: BTreeMap<String, Vec<String>>,
     /// Names of the points of its sweeps.
     pub points: Points,
+    /// The shared cache that it names.
+    pub remote: Option<crate::remote::RemoteConfig>,
     /// Texts, for reports.
     pub sources: Sources,
 }

@@ -228,10 +228,12 @@ impl Planner<'_> {
         }
         let Some(record) = self.cache.record(&stage.kind, fingerprint)? else {
             let last = self.cache.last(&self.pipeline.name, &stage.name);
-            let reasons = match last {
+            let mut reasons = match last {
                 Some(last) => reason::changes(stage, &last.identity, identity),
                 None => vec![Reason::NeverRan],
             };
+            let refused = self.cache.refusal(fingerprint);
+            reasons.extend(refused.map(|what| Reason::RemoteRefused { what }));
             return Ok(Decision::Run { reasons });
         };
         if let Err(fault) = self.cache.check(&record) {

@@ -4,23 +4,27 @@
 //! The only module that commits outputs to the cache.
 
 mod execute;
+mod shared;
 mod slots;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use contract::{Progress, StageError};
 
+use crate::digest::Fingerprint;
 use crate::event::Event;
 use crate::lockfile::{LockError, Lockfile};
 use crate::pipeline::Stage;
 use crate::plan::{Decision, PlanError, Planner, Records};
 use crate::process::Stopper;
 use crate::record::Record;
+use crate::remote::Remote;
 use execute::{Job, Made};
+pub use shared::push;
 
 /// How long an interrupted stage may take to stop by itself.
 const GRACE: Duration = Duration::from_secs(5);
@@ -38,6 +42,12 @@ pub struct RunOptions {
     pub keep_going: bool,
     /// Count of interrupts by the user: the first stops the stages, the second kills them.
     pub interrupts: Arc<AtomicUsize>,
+    /// Asked before a stage runs, where it may be read.
+    pub read: Option<Arc<Remote>>,
+    /// Offered what was made, where it may be written.
+    pub write: Option<Arc<Remote>>,
+    /// Fetch what the remote has and run nothing.
+    pub fetch_only: bool,
 }
 
 /// What a run came to.
@@ -47,6 +57,8 @@ pub struct RunSummary {
     pub ran: usize,
     /// Stages reused.
     pub reused: usize,
+    /// Those of them that came from the remote.
+    pub fetched: usize,
     /// Stages failed.
     pub failed: usize,
     /// Stages skipped or never started.
@@ -71,6 +83,7 @@ enum Message {
     Waiting { stage: String, holder: String },
     Started { stage: String, stopper: Stopper },
     Progress { stage: String, progress: Progress },
+    Event(Event),
     Ended { stage: String, result: Result<Made, StageError> },
 }
 
@@ -101,8 +114,18 @@ pub fn run(
         saved: 0.0,
         interrupted_at: None,
         killed: false,
+        offers: None,
     };
     let result = std::thread::scope(|scope| {
+        let (offers, queue) = channel();
+        let uploading = options.write.as_ref().map(|remote| {
+            let (sender, queue) = (sender.clone(), Mutex::new(queue));
+            run.offers = Some(offers);
+            scope.spawn(move || {
+                let interrupts = &*options.interrupts;
+                shared::offer_all(planner, remote, &queue, false, &sender, interrupts);
+            })
+        });
         let result = run.drive(lock, &receiver, &|job| {
             let sender = sender.clone();
             let interrupts = Arc::clone(&options.interrupts);
@@ -115,14 +138,18 @@ pub fn run(
         if result.is_err() {
             run.stop_all(Stopper::terminate);
         }
+        run.offers = None;
+        if let Some(uploading) = uploading {
+            run.relay_until(&receiver, &|| uploading.is_finished());
+        }
         result
     });
     planner.cache.flush();
     result?;
-    let RunSummary { ran, reused, failed, skipped, .. } = run.summary;
+    let RunSummary { ran, reused, fetched, failed, skipped, .. } = run.summary;
     let (seconds, saved_seconds) = (started.elapsed().as_secs_f64(), run.saved);
     let summary = run.summary;
-    sink(Event::RunFinished { ran, reused, failed, skipped, seconds, saved_seconds });
+    sink(Event::RunFinished { ran, reused, fetched, failed, skipped, seconds, saved_seconds });
     Ok(summary)
 }
 
@@ -130,6 +157,8 @@ struct Running {
     stopper: Option<Stopper>,
     resources: BTreeSet<String>,
     log: std::path::PathBuf,
+    fingerprint: Fingerprint,
+    reasons: Vec<String>,
 }
 
 struct Run<'a> {
@@ -146,6 +175,8 @@ struct Run<'a> {
     saved: f64,
     interrupted_at: Option<Instant>,
     killed: bool,
+    /// Takes what is to be uploaded.
+    offers: Option<Sender<shared::Offer>>,
 }
 
 impl<'a> Run<'a> {
@@ -167,6 +198,27 @@ impl<'a> Run<'a> {
                 Err(RecvTimeoutError::Disconnected) => return Ok(()),
             }
             self.look_for_interrupt();
+        }
+    }
+
+    /// Passes on what is said until `over`, for work that goes on after the last stage.
+    fn relay_until(&mut self, receiver: &Receiver<Message>, over: &dyn Fn() -> bool) {
+        loop {
+            let finished = over();
+            while let Ok(message) = receiver.try_recv() {
+                match message {
+                    Message::Event(event) => (self.sink)(event),
+                    Message::Progress { stage, progress } => {
+                        (self.sink)(Event::StageProgress { stage, progress });
+                    }
+                    _ => {}
+                }
+            }
+            if finished {
+                return;
+            }
+            self.look_for_interrupt();
+            std::thread::sleep(TICK);
         }
     }
 
@@ -204,8 +256,8 @@ impl<'a> Run<'a> {
         let stopping =
             self.interrupted_at.is_some() || (!self.stopped.is_empty() && !self.options.keep_going);
         let busy = stage.signature.resources.keys();
-        let busy =
-            busy.clone().any(|r| self.running.values().any(|other| other.resources.contains(r)));
+        let busy = !self.options.fetch_only
+            && busy.clone().any(|r| self.running.values().any(|other| other.resources.contains(r)));
         if stopping || busy || self.running.len() >= self.options.jobs {
             // A full house must not keep cached stages from being seen as such; they cost nothing
             // and are decided when a place is free.
@@ -230,16 +282,12 @@ impl<'a> Run<'a> {
                 return Ok(true);
             }
         };
-        let fingerprint = decided.fingerprint;
-        (self.sink)(Event::StageStarted {
-            stage: name.to_owned(),
-            fingerprint,
-            reasons,
-            log: log.clone(),
-        });
         let resources = stage.signature.resources.keys().cloned().collect();
-        self.running
-            .insert(name.to_owned(), Running { stopper: None, resources, log: log.clone() });
+        let fingerprint = decided.fingerprint;
+        self.running.insert(
+            name.to_owned(),
+            Running { stopper: None, resources, log: log.clone(), fingerprint, reasons },
+        );
         let forced = self.planner.options.force.contains(name);
         spawn(Job {
             stage,
@@ -247,6 +295,8 @@ impl<'a> Run<'a> {
             records: self.records.clone(),
             log,
             forced,
+            remote: self.options.read.clone(),
+            fetch_only: self.options.fetch_only,
         });
         Ok(true)
     }
@@ -266,6 +316,12 @@ impl<'a> Run<'a> {
 
     fn skip(&mut self, name: &str, cause: String) {
         self.summary.skipped += 1;
+        if self.options.fetch_only {
+            let why = format!("it needs what {cause} makes, which is not there");
+            (self.sink)(Event::StageNotFound { stage: name.to_owned(), why });
+            self.stopped.insert(name.to_owned(), cause);
+            return;
+        }
         (self.sink)(Event::StageSkipped { stage: name.to_owned(), because_of: cause.clone() });
         self.stopped.insert(name.to_owned(), cause);
     }
@@ -281,11 +337,15 @@ impl<'a> Run<'a> {
                 }
                 if let Some(running) = self.running.get_mut(&stage) {
                     running.stopper = Some(stopper);
+                    let (fingerprint, log) = (running.fingerprint, running.log.clone());
+                    let reasons = std::mem::take(&mut running.reasons);
+                    (self.sink)(Event::StageStarted { stage, fingerprint, reasons, log });
                 }
             }
             Message::Progress { stage, progress } => {
                 (self.sink)(Event::StageProgress { stage, progress });
             }
+            Message::Event(event) => (self.sink)(event),
             Message::Ended { stage, result } => self.ended(&stage, result, lock)?,
         }
         Ok(())
@@ -301,6 +361,15 @@ impl<'a> Run<'a> {
         let Some(stage) = self.planner.pipeline.stage(name) else { return Ok(()) };
         match result {
             Ok(Made::ByOther(record)) => self.reuse(stage, record),
+            Ok(Made::Fetched(record)) => {
+                self.summary.fetched += 1;
+                self.reuse(stage, record);
+            }
+            Ok(Made::Nowhere(why)) => {
+                self.summary.skipped += 1;
+                (self.sink)(Event::StageNotFound { stage: name.to_owned(), why });
+                self.stopped.insert(name.to_owned(), name.to_owned());
+            }
             Ok(Made::Here { record, unchanged }) => {
                 if let (Some(key), Some(value)) = (&stage.signature.lock_key, &record.lock) {
                     lock.set(key, value.clone())?;
@@ -315,6 +384,10 @@ impl<'a> Run<'a> {
                     unchanged,
                     warnings: record.warnings.clone(),
                 });
+                if let Some(offers) = &self.offers {
+                    let record = Arc::clone(&record);
+                    let _ = offers.send(shared::Offer { stage: name.to_owned(), record });
+                }
                 self.records.insert(name.to_owned(), record);
             }
             // Stages that the user stopped did not fail.

@@ -92,8 +92,18 @@ impl Cache {
         Ok(Stored { digest, bytes: meta.len() })
     }
 
-    /// Gives a synced file its place, unless a sound object is there already.
-    fn install(&self, staged: &Path, digest: Digest) -> Result<(), CacheError> {
+    /// Gives a synced file its place, durably, unless a sound object is there already.
+    pub(super) fn install(&self, staged: &Path, digest: Digest) -> Result<(), CacheError> {
+        let target = self.object_path(digest);
+        if self.settle(staged, digest)? {
+            durable::sync_dir(target.parent().unwrap_or(&self.root))
+                .map_err(|e| CacheError::io("store", &target, e))?;
+        }
+        Ok(())
+    }
+
+    /// The same without syncing the folder: whether the file took its place.
+    pub(super) fn settle(&self, staged: &Path, digest: Digest) -> Result<bool, CacheError> {
         let target = self.object_path(digest);
         let io = |e| CacheError::io("store", &target, e);
         durable::create_parent(&target).map_err(io)?;
@@ -102,15 +112,12 @@ impl Cache {
             self.quarantine(&target);
             placed = durable::rename_exclusive(staged, &target).map_err(io)?;
         }
-        if placed {
-            durable::sync_dir(target.parent().unwrap_or(&self.root)).map_err(io)?;
-            if let Ok(meta) = fs::metadata(&target) {
-                self.index.remember(&target, &meta, digest);
-            }
-        } else {
+        if !placed {
             fs::remove_file(staged).map_err(io)?;
+        } else if let Ok(meta) = fs::metadata(&target) {
+            self.index.remember(&target, &meta, digest);
         }
-        Ok(())
+        Ok(placed)
     }
 
     /// Checks that an object is there and holds what its name says; memoised.

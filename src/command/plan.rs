@@ -1,10 +1,11 @@
 //! `pipe plan`.
 
-use super::{CommandError, Context};
+use super::{CommandError, Context, remote};
 use crate::cache::unix_seconds;
 use crate::display::{self, duration};
 use crate::exit_code;
 use crate::plan::{Decision, Plan, PlanOptions, PlannedStage};
+use crate::remote::Settings;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
@@ -29,10 +30,22 @@ pub(super) fn run(context: &Context<'_>, args: &Args) -> Result<u8, CommandError
             if args.names.is_empty() { all } else { selection.clone() }.into_iter().collect();
     }
     let plan = project.planner(&options).plan(&selection, &project.lock)?;
+    let remote = remote::settings(&project)?.filter(Settings::reads);
     if context.shared.json {
-        display::out(&serde_json::to_string_pretty(&plan).unwrap_or_default());
+        let mut json = serde_json::to_value(&plan).unwrap_or_default();
+        if let Some(remote) = &remote {
+            json["remote"] = remote.shown().into();
+        }
+        display::out(&serde_json::to_string_pretty(&json).unwrap_or_default());
     } else {
-        display::out(&text(&plan));
+        let mut text = text(&plan);
+        if let Some(remote) = remote.filter(|_| plan.would_run()) {
+            text.push_str(&format!(
+                "a plan asks no network; `run` and `pull` first ask {} for what would run\n",
+                remote.shown()
+            ));
+        }
+        display::out(&text);
     }
     let found = args.check && plan.would_run();
     Ok(if found { exit_code::WOULD_RUN } else { exit_code::OK })

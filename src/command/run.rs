@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use super::{CommandError, Context};
+use super::{CommandError, Context, remote};
 use crate::display::{Mode, RunDisplay};
 use crate::exit_code;
 use crate::plan::PlanOptions;
@@ -51,17 +51,18 @@ pub(super) fn run(context: &Context<'_>, args: &Args) -> Result<u8, CommandError
     if args.only {
         options.only = Some(selection.iter().cloned().collect());
     }
-    let interrupts = Arc::new(AtomicUsize::new(0));
-    let counter = Arc::clone(&interrupts);
-    let handler = ctrlc::set_handler(move || {
-        counter.fetch_add(1, Ordering::SeqCst);
-    });
-    if let Err(error) = handler {
-        tracing::warn!(%error, "cannot listen for interrupts");
-    }
+    let interrupts = interrupts();
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let jobs = args.jobs.map_or(cores.clamp(2, 4), usize::from);
-    let run_options = RunOptions { jobs, keep_going: args.keep_going, interrupts };
+    let remote = remote::of_run(&project)?;
+    let run_options = RunOptions {
+        jobs,
+        keep_going: args.keep_going,
+        interrupts,
+        read: remote.clone().filter(|r| r.settings().reads()),
+        write: remote.filter(|r| r.settings().writes()),
+        fetch_only: false,
+    };
     let mut display =
         RunDisplay::new(Mode::detect(context.shared.json), context.shared.verbose > 0);
 
@@ -80,4 +81,17 @@ pub(super) fn run(context: &Context<'_>, args: &Args) -> Result<u8, CommandError
         summary if summary.failed > 0 => exit_code::STAGE_FAILED,
         _ => exit_code::OK,
     })
+}
+
+/// Counts the interrupts by the user from now on.
+pub(super) fn interrupts() -> Arc<AtomicUsize> {
+    let interrupts = Arc::new(AtomicUsize::new(0));
+    let counter = Arc::clone(&interrupts);
+    let handler = ctrlc::set_handler(move || {
+        counter.fetch_add(1, Ordering::SeqCst);
+    });
+    if let Err(error) = handler {
+        tracing::warn!(%error, "cannot listen for interrupts");
+    }
+    interrupts
 }

@@ -25,7 +25,9 @@ impl Plain {
     pub(super) fn line(&mut self, event: &Event) -> Option<String> {
         match event {
             Event::StageProgress { stage, progress } => self.progress(stage, progress),
-            Event::StageStarted { stage, .. } => {
+            Event::StageStarted { stage, .. }
+            | Event::StageFetching { stage, .. }
+            | Event::StagePushing { stage, .. } => {
                 self.shown.insert(stage.clone(), (Instant::now(), 0));
                 lasting(event)
             }
@@ -45,8 +47,8 @@ impl Plain {
         self.shown.insert(stage.to_owned(), (Instant::now(), now));
         let note = if note.is_empty() { String::new() } else { format!(" · {note}") };
         let of = if *total > 0 { format!("/{}", amount(*total, unit)) } else { String::new() };
-        let unit = if unit == "bytes" { "" } else { unit.as_str() };
-        Some(format!("{stage}: {}{of} {unit}{note}", amount(*done, unit)))
+        let shown = if unit == "bytes" { "" } else { unit.as_str() };
+        Some(format!("{stage}: {}{of} {shown}{note}", amount(*done, unit)))
     }
 }
 
@@ -95,8 +97,9 @@ pub(super) fn lasting(event: &Event) -> Option<String> {
             format!("{stage}: skipped, because {because_of} failed")
         }
         Event::Interrupted => "interrupted: stopping the running stages".to_owned(),
-        Event::RunFinished { ran, reused, failed, skipped, seconds, saved_seconds } => {
+        Event::RunFinished { ran, reused, fetched, failed, skipped, seconds, saved_seconds } => {
             let mut parts = vec![format!("{ran} run"), format!("{reused} reused")];
+            parts.extend((*fetched > 0).then(|| format!("{fetched} of them fetched")));
             parts.extend((*failed > 0).then(|| format!("{failed} failed")));
             parts.extend((*skipped > 0).then(|| format!("{skipped} not run")));
             let saved = if *saved_seconds >= 1.0 {
@@ -106,6 +109,7 @@ pub(super) fn lasting(event: &Event) -> Option<String> {
             };
             format!("{} in {}{saved}", parts.join(", "), duration(*seconds))
         }
+        other => return super::shared::lasting(other),
     })
 }
 

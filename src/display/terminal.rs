@@ -26,21 +26,30 @@ impl Terminal {
     pub(super) fn show(&mut self, event: &Event) {
         match event {
             Event::StageProgress { stage, progress } => self.progress(stage, progress),
-            Event::StageStarted { stage, .. } => {
+            Event::StageStarted { stage, .. }
+            | Event::StageFetching { stage, .. }
+            | Event::StagePushing { stage, .. } => {
                 self.line(lasting(event));
                 let bar = self.bars.add(ProgressBar::new_spinner());
                 bar.set_style(style("{prefix} {spinner} {msg} {elapsed}"));
                 bar.set_prefix(stage.clone());
                 bar.enable_steady_tick(REFRESH);
-                self.running.insert(stage.clone(), bar);
+                // A stage that was not fetched after all runs.
+                if let Some(earlier) = self.running.insert(stage.clone(), bar) {
+                    earlier.finish_and_clear();
+                }
             }
-            Event::StageFinished { stage, .. } | Event::StageFailed { stage, .. } => {
+            Event::StageFinished { stage, .. }
+            | Event::StageFailed { stage, .. }
+            | Event::StageFetched { stage, .. }
+            | Event::StageNotFound { stage, .. }
+            | Event::StagePushed { stage, .. } => {
                 if let Some(bar) = self.running.remove(stage) {
                     bar.finish_and_clear();
                 }
                 self.line(lasting(event));
             }
-            Event::RunFinished { .. } => {
+            Event::RunFinished { .. } | Event::PushFinished { .. } => {
                 for bar in std::mem::take(&mut self.running).into_values() {
                     bar.finish_and_clear();
                 }

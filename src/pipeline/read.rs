@@ -1,5 +1,7 @@
 //! From the spanned tree of a document to a [`Pipeline`], collecting every problem on the way.
 
+mod remote;
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
@@ -11,9 +13,9 @@ use super::variables::{Variables, apply_set};
 use super::{Gathered, Input, InputRef, Kinds, Pipeline, Points, Stage, expand};
 use crate::yaml::{self, Key, Node, Place, Tree, YamlError};
 
-const TOP_KEYS: [&str; 5] = ["name", "description", "params", "targets", "stages"];
 const STAGE_KEYS: [&str; 8] =
     ["kind", "params", "matrix", "inputs", "env", "pass_env", "require", "description"];
+const TOP_KEYS: [&str; 6] = ["name", "description", "params", "targets", "stages", "remote"];
 
 pub(super) fn pipeline(
     path: &Path,
@@ -38,6 +40,7 @@ pub(super) fn pipeline(
         }
     }
     reader.targets(&targets, &stages, &points);
+    let remote = reader.remote(&root, &Variables::new(root.get("params")));
     if !reader.problems.is_empty() {
         return Err(PipelineError::of(reader.problems, &sources));
     }
@@ -51,7 +54,7 @@ pub(super) fn pipeline(
         .into_iter()
         .map(|(key, members)| (key.name, members.into_iter().map(|(name, _)| name).collect()))
         .collect();
-    Ok(Pipeline { path: path.to_owned(), dir, name, stages, targets, points, sources })
+    Ok(Pipeline { path: path.to_owned(), dir, name, stages, targets, points, remote, sources })
 }
 
 /// Names the first output where a reference names the stage alone.

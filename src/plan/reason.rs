@@ -86,6 +86,11 @@ pub enum Reason {
         /// What is wrong.
         what: String,
     },
+    /// When it was last asked, the remote had a record that is not to be used.
+    RemoteRefused {
+        /// Why not.
+        what: String,
+    },
     /// `require` asks for another provenance.
     Required {
         /// Key of the provenance.
@@ -218,6 +223,7 @@ impl fmt::Display for Reason {
             Self::Incomplete { output, what } => {
                 write!(f, "output {output} cannot be used: {what}")
             }
+            Self::RemoteRefused { what } => write!(f, "the remote's record is not used: {what}"),
             Self::Required { key, wanted, found } => {
                 write!(f, "requires {key} = {wanted}, the cached artifact has {found}")
             }

@@ -14,7 +14,7 @@ use contract::{
     Fault, Outcome, OutputForm, PROTOCOL, Progress, Request, StageError, UpstreamRecord,
 };
 
-use super::{Message, slots};
+use super::{Message, shared, slots};
 use crate::cache::{
     Acquired, CacheError, Lease, Scratch, WorkDir, differing_artifacts, unix_seconds,
 };
@@ -24,6 +24,7 @@ use crate::pipeline::{InputRef, Stage};
 use crate::plan::{Planner, Records};
 use crate::process::StageProcess;
 use crate::record::{OutputRecord, Record};
+use crate::remote::Remote;
 
 /// How often a waiting execution looks again.
 const POLL: Duration = Duration::from_millis(100);
@@ -35,12 +36,20 @@ pub(super) struct Job<'a> {
     pub(super) records: Records,
     pub(super) log: PathBuf,
     pub(super) forced: bool,
+    /// Asked before the stage runs.
+    pub(super) remote: Option<Arc<Remote>>,
+    /// Nothing is run, only fetched.
+    pub(super) fetch_only: bool,
 }
 
 /// Where the artifacts came from.
 pub(super) enum Made {
     /// Another process made them meanwhile.
     ByOther(Arc<Record>),
+    /// The remote had them; they are in the cache now.
+    Fetched(Arc<Record>),
+    /// Nowhere: the remote has none, and nothing is to be run.
+    Nowhere(String),
     /// This execution made them.
     Here {
         record: Arc<Record>,
@@ -69,8 +78,8 @@ pub(super) fn execute(
     let fingerprint = job.identity.fingerprint();
     let _lease = lease(planner, job, sender, interrupts)?;
     let found = planner.cache.record(&job.stage.kind, fingerprint)?;
+    let settled = job.stage.signature.lock_key.is_none() || job.identity.lock.is_some();
     if let Some(found) = &found {
-        let settled = job.stage.signature.lock_key.is_none() || job.identity.lock.is_some();
         if !job.forced
             && settled
             && planner.cache.check(found).is_ok()
@@ -79,6 +88,20 @@ pub(super) fn execute(
             return Ok(Made::ByOther(Arc::new(found.clone())));
         }
         planner.cache.clear_faults(found);
+    }
+    if let Some(remote) = job.remote.as_ref().filter(|_| settled && !job.forced) {
+        match shared::fetch(planner, job, remote, sender, interrupts) {
+            shared::Fetched::Record(record) => return Ok(Made::Fetched(record)),
+            shared::Fetched::Nothing(why) if job.fetch_only => return Ok(Made::Nowhere(why)),
+            shared::Fetched::Nothing(_) => {}
+        }
+        if interrupts.load(Ordering::SeqCst) > 0 {
+            return Err(StageError::new(Fault::Environment, "interrupted while fetching"));
+        }
+    }
+    if job.fetch_only {
+        let why = "its source is not pinned in the lock file yet";
+        return Ok(Made::Nowhere(why.to_owned()));
     }
     let _slots = take_slots(job, sender, interrupts)?;
     let scratch = planner.cache.scratch(fingerprint)?;
@@ -336,7 +359,7 @@ fn undeclared(output: &Path, dir: &Path) -> Result<(), StageError> {
     }
 }
 
-fn required(stage: &Stage, record: &Record) -> Result<(), StageError> {
+pub(super) fn required(stage: &Stage, record: &Record) -> Result<(), StageError> {
     for (key, wanted) in &stage.require {
         let found = record.provenance.get(key).cloned().unwrap_or_default();
         if found != *wanted {

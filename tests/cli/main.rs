@@ -7,6 +7,10 @@ mod commands;
 mod comparisons;
 mod diagnostics;
 mod failures;
+#[cfg(feature = "remote")]
+mod http;
 mod processes;
+#[cfg(feature = "remote")]
+mod remote;
 mod space;
 mod sweeps;
