@@ -8,3 +8,4 @@ mod diagnostics;
 mod failures;
 mod processes;
 mod space;
+mod truth;
