@@ -3,10 +3,12 @@
 mod graph;
 mod init;
 mod kinds;
+mod lock;
 mod logs;
 mod outputs;
 mod plan;
 mod run;
+mod schema;
 mod why;
 
 use std::fmt;
@@ -81,6 +83,11 @@ enum Command {
     Init(init::Args),
     /// List the stage kinds, or the params, inputs and outputs of one
     Kinds(kinds::Args),
+    /// Merge lock files
+    #[command(subcommand)]
+    Lock(lock::Args),
+    /// Print the JSON Schema of the pipeline file, for editors
+    Schema(schema::Args),
 }
 
 /// Whatever a subcommand can fail with.
@@ -249,6 +256,8 @@ pub fn main(kinds: &[&dyn StageKind]) -> ExitCode {
         Command::Logs(args) => logs::run(&context, &args),
         Command::Init(args) => init::run(&context, &args),
         Command::Kinds(args) => kinds::run(&context, &args),
+        Command::Lock(args) => lock::run(&args),
+        Command::Schema(args) => Ok(schema::run(&context, &args)),
     };
     match result {
         Ok(code) => ExitCode::from(code),

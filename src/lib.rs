@@ -17,4 +17,5 @@ pub mod plan;
 pub mod process;
 pub mod record;
 pub mod runner;
+pub mod schema;
 pub mod yaml;

@@ -13,6 +13,8 @@ use std::path::{Path, PathBuf};
 use contract::{OutputSpec, Signature, StageKind};
 use serde_json::Value;
 
+pub(crate) use read::{STAGE_KEYS, TOP_KEYS};
+
 pub use problem::{PipelineError, Problem, Sources, suggest};
 
 use crate::yaml::Place;

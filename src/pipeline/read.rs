@@ -11,8 +11,8 @@ use super::variables::{Variables, apply_set};
 use super::{Input, InputRef, Kinds, Pipeline, Stage};
 use crate::yaml::{self, Key, Node, Place, Tree, YamlError};
 
-const TOP_KEYS: [&str; 5] = ["name", "description", "params", "targets", "stages"];
-const STAGE_KEYS: [&str; 7] =
+pub(crate) const TOP_KEYS: [&str; 5] = ["name", "description", "params", "targets", "stages"];
+pub(crate) const STAGE_KEYS: [&str; 7] =
     ["kind", "params", "inputs", "env", "pass_env", "require", "description"];
 
 pub(super) fn pipeline(
