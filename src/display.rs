@@ -4,11 +4,14 @@
 
 mod plain;
 mod terminal;
+mod trace;
 
 use std::fmt::Write as _;
 use std::io::{self, IsTerminal, Write};
 
 use miette::{Diagnostic, GraphicalReportHandler, GraphicalTheme};
+
+pub use trace::Trace;
 
 use crate::event::Event;
 

@@ -1,11 +1,12 @@
 //! `pipe run`.
 
 use std::collections::BTreeSet;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::{CommandError, Context};
-use crate::display::{Mode, RunDisplay};
+use crate::display::{Mode, RunDisplay, Trace};
 use crate::exit_code;
 use crate::plan::PlanOptions;
 use crate::runner::{self, RunOptions};
@@ -30,6 +31,9 @@ pub(super) struct Args {
     /// After a failure, go on with the stages that do not depend on the failed one
     #[arg(long)]
     keep_going: bool,
+    /// Write a Chrome trace of the run to a file, for Perfetto
+    #[arg(long, value_name = "FILE")]
+    trace: Option<PathBuf>,
 }
 
 pub(super) fn run(context: &Context<'_>, args: &Args) -> Result<u8, CommandError> {
@@ -66,8 +70,19 @@ pub(super) fn run(context: &Context<'_>, args: &Args) -> Result<u8, CommandError
 
     let mut lock = project.lock.clone();
     let planner = project.planner(&options);
-    let mut show = |event| display.show(&event);
-    let summary = runner::run(planner, &mut lock, &selection, &run_options, &mut show)?;
+    let mut trace = Trace::default();
+    let mut show = |event| {
+        trace.add(&event);
+        display.show(&event);
+    };
+    let summary = runner::run(planner, &mut lock, &selection, &run_options, &mut show);
+    if let Some(path) = &args.trace {
+        trace.write(path).map_err(|e| {
+            let message = format!("could not write {}: {e}", path.display());
+            CommandError::usage(message, "`--trace` takes a file that can be written")
+        })?;
+    }
+    let summary = summary?;
     project.lock = lock;
     Ok(match summary {
         summary if summary.interrupted => exit_code::INTERRUPTED,

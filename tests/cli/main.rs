@@ -7,5 +7,8 @@ mod commands;
 mod diagnostics;
 mod failures;
 mod processes;
+mod programs;
+mod schema;
 mod space;
 mod truth;
+mod words;
