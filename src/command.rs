@@ -1,5 +1,6 @@
 //! The command line: one file a subcommand, and what they share.
 
+mod completions;
 mod graph;
 mod init;
 mod kinds;
@@ -83,6 +84,8 @@ enum Command {
     Init(init::Args),
     /// List the stage kinds, or the params, inputs and outputs of one
     Kinds(kinds::Args),
+    /// Print the completions for a shell
+    Completions(completions::Args),
     /// Merge lock files
     #[command(subcommand)]
     Lock(lock::Args),
@@ -256,6 +259,7 @@ pub fn main(kinds: &[&dyn StageKind]) -> ExitCode {
         Command::Logs(args) => logs::run(&context, &args),
         Command::Init(args) => init::run(&context, &args),
         Command::Kinds(args) => kinds::run(&context, &args),
+        Command::Completions(args) => Ok(completions::run(&args)),
         Command::Lock(args) => lock::run(&args),
         Command::Schema(args) => Ok(schema::run(&context, &args)),
     };

@@ -134,3 +134,33 @@ fn git_merges_lock_files_with_the_documented_driver() {
     assert_eq!(merged["sources"].to_string(), "{\"a\":1,\"b\":1,\"m\":1}");
     space.pipe(&["plan"]).code(0);
 }
+
+#[test]
+fn graph_is_drawn_without_anything_else() {
+    let space = Space::new(DIAMOND);
+    let svg = space.pipe(&["graph", "--format", "svg", "--plan"]).code(0).out;
+    assert!(svg.starts_with("<svg ") && svg.trim_end().ends_with("</svg>"), "{svg}");
+    // The background and a box a stage; a curve an edge and the head of the arrows.
+    assert_eq!((svg.matches("<rect").count(), svg.matches("<path").count()), (5, 4));
+    assert_eq!(svg.matches(">would run<").count(), 2);
+    assert_eq!(svg.matches(">might run<").count(), 2);
+    let column = |stage: &str| {
+        let before = svg.split(&format!(">{stage}</text>")).next().unwrap();
+        let x = before.rsplit("<text x=\"").next().unwrap().split('"').next().unwrap();
+        x.parse::<u32>().unwrap()
+    };
+    assert_eq!(column("left"), column("right"));
+    assert!(column("right") < column("join") && column("join") < column("last"));
+    let html = space.pipe(&["graph", "--format", "html"]).code(0).out;
+    assert!(html.starts_with("<!doctype html>") && html.contains("<svg "), "{html}");
+    assert!(!html.contains("src=") && !html.contains("href="), "{html}");
+}
+
+#[test]
+fn completions_know_the_commands() {
+    let space = Space::new(DIAMOND);
+    for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
+        let script = space.pipe(&["completions", shell]).code(0).out;
+        assert!(script.contains("outputs") && script.contains("keep-going"), "{shell}");
+    }
+}
