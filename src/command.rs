@@ -78,7 +78,7 @@ enum Command {
     Outputs(outputs::Args),
     /// Draw the pipeline
     Graph(graph::Args),
-    /// Print the newest log of a stage
+    /// Print the log of a stage: of what it would reuse, else the newest
     Logs(logs::Args),
     /// Write a commented starter pipeline
     Init(init::Args),

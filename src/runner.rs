@@ -330,6 +330,9 @@ impl<'a> Run<'a> {
                 self.planner.cache.set_last(pipeline, name, &stage.kind, record.fingerprint);
                 self.summary.ran += 1;
                 self.took.insert(name.to_owned(), record.seconds);
+                if let Some(log) = &log {
+                    self.planner.cache.keep_log(record.fingerprint, log);
+                }
                 (self.sink)(Event::StageFinished {
                     stage: name.to_owned(),
                     fingerprint: record.fingerprint,

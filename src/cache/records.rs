@@ -68,6 +68,31 @@ impl Cache {
         self.tree(digest).ok()
     }
 
+    /// Keeps the log of a finished execution under its fingerprint, so that it can be shown when
+    /// the execution is reused. Failing to is harmless.
+    pub fn keep_log(&self, fingerprint: Fingerprint, log: &Path) {
+        let Some(name) = log.file_name() else { return };
+        let kept = self.logs_of(fingerprint).join(name);
+        let linked = durable::create_parent(&kept).and_then(|()| {
+            // A forced rerun has another log.
+            let _ = fs::remove_file(&kept);
+            fs::hard_link(log, &kept).or_else(|_| fs::copy(log, &kept).map(drop))
+        });
+        if let Err(error) = linked {
+            tracing::debug!(%error, "could not keep {}", log.display());
+        }
+    }
+
+    /// The log of the execution that made a record, while it is kept.
+    pub fn log_of(&self, fingerprint: Fingerprint) -> Option<PathBuf> {
+        let entries = fs::read_dir(self.logs_of(fingerprint)).ok()?;
+        entries.flatten().map(|entry| entry.path()).find(|path| path.is_file())
+    }
+
+    fn logs_of(&self, fingerprint: Fingerprint) -> PathBuf {
+        self.root.join("logs").join(fingerprint.to_hex())
+    }
+
     fn listing_path(&self, digest: Digest) -> PathBuf {
         let hex = digest.to_hex();
         self.root.join("listings-v1").join(&hex[..2]).join(&hex[2..])

@@ -5,13 +5,18 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use contract::Progress;
+
 use super::{CommandError, Context};
+use crate::cache::Cache;
 use crate::display::{Mode, RunDisplay, Trace};
+use crate::event::Event;
 use crate::exit_code;
 use crate::plan::PlanOptions;
 use crate::runner::{self, RunOptions};
 
 #[derive(Debug, clap::Args)]
+#[allow(clippy::struct_excessive_bools, reason = "one a flag")]
 pub(super) struct Args {
     /// Stages or targets [default: the target `default`, else every stage]
     #[arg(value_name = "STAGE|TARGET")]
@@ -31,6 +36,9 @@ pub(super) struct Args {
     /// After a failure, go on with the stages that do not depend on the failed one
     #[arg(long)]
     keep_going: bool,
+    /// Show the stages' log lines, and those of reused stages while their logs are kept
+    #[arg(long)]
+    logs: bool,
     /// Write a Chrome trace of the run to a file, for Perfetto
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
@@ -66,7 +74,7 @@ pub(super) fn run(context: &Context<'_>, args: &Args) -> Result<u8, CommandError
     let jobs = args.jobs.map_or(cores.clamp(2, 4), usize::from);
     let run_options = RunOptions { jobs, keep_going: args.keep_going, interrupts };
     let mut display =
-        RunDisplay::new(Mode::detect(context.shared.json), context.shared.verbose > 0);
+        RunDisplay::new(Mode::detect(context.shared.json), context.shared.verbose > 0 || args.logs);
 
     let mut lock = project.lock.clone();
     let planner = project.planner(&options);
@@ -74,6 +82,11 @@ pub(super) fn run(context: &Context<'_>, args: &Args) -> Result<u8, CommandError
     let mut show = |event| {
         trace.add(&event);
         display.show(&event);
+        if args.logs {
+            for line in replay(planner.cache, &event) {
+                display.show(&line);
+            }
+        }
     };
     let summary = runner::run(planner, &mut lock, &selection, &run_options, &mut show);
     if let Some(path) = &args.trace {
@@ -89,4 +102,16 @@ pub(super) fn run(context: &Context<'_>, args: &Args) -> Result<u8, CommandError
         summary if summary.failed > 0 => exit_code::STAGE_FAILED,
         _ => exit_code::OK,
     })
+}
+
+/// The log of a reused stage, as the stage would have said it.
+fn replay(cache: &Cache, event: &Event) -> Vec<Event> {
+    let Event::StageReused { stage, fingerprint, .. } = event else { return Vec::new() };
+    let log = cache.log_of(*fingerprint).and_then(|path| std::fs::read(path).ok());
+    let text = log.unwrap_or_default();
+    let said = |line: &str| {
+        let progress = Progress::Log { message: line.to_owned() };
+        Event::StageProgress { stage: stage.clone(), progress }
+    };
+    String::from_utf8_lossy(&text).lines().map(said).collect()
 }

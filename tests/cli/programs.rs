@@ -164,3 +164,21 @@ fn completions_know_the_commands() {
         assert!(script.contains("outputs") && script.contains("keep-going"), "{shell}");
     }
 }
+
+#[test]
+fn logs_of_reused_stages_are_shown_again() {
+    let space = Space::new(DIAMOND);
+    space.replace("cat $PIPE_INPUT_A", "echo said by join; cat $PIPE_INPUT_A");
+    space.pipe(&["run"]).code(0);
+    let quiet = space.pipe(&["run"]).code(0).err;
+    assert!(!quiet.contains("said by join"), "{quiet}");
+    let replayed = space.pipe(&["run", "--logs"]).code(0).err;
+    assert!(replayed.lines().any(|l| l == "join: said by join"), "{replayed}");
+    // The newest log is that of a failure; what would be reused has another.
+    space.replace("said by join;", "broken; exit 3;");
+    space.pipe(&["run"]).code(4);
+    assert!(space.pipe(&["logs", "join"]).code(0).out.contains("\nbroken\n"));
+    space.replace("broken; exit 3;", "said by join;");
+    let log = space.pipe(&["logs", "join"]).code(0).out;
+    assert!(log.contains("\nsaid by join\n") && !log.contains("broken"), "{log}");
+}
