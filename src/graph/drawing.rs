@@ -2,7 +2,7 @@
 //!
 //! Layered layout after Sugiyama: a stage's column is one more than that of its farthest producer;
 //! within a column, stages are ordered by the mean row of their producers, so that most edges do
-//! not cross.
+//! not cross. Edges over several columns run in lanes between the boxes, one lane a producer.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -21,25 +21,47 @@ const HEIGHT: usize = 3 * LINE + 14;
 /// Longer lines are cut: about what fits into a box.
 const LONGEST: usize = 25;
 
-/// Upper left corner of each stage's box.
-type Places<'a> = BTreeMap<&'a str, (usize, usize)>;
+/// Height kept free between the boxes of a column for an edge that passes.
+const LANE: usize = 6;
+
+/// What stands in a column: a stage's box, or the lane of a stage whose outputs are needed in a
+/// column further right.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Slot<'a> {
+    stage: &'a str,
+    lane: bool,
+}
+
+impl Slot<'_> {
+    fn height(self) -> usize {
+        if self.lane { LANE } else { HEIGHT }
+    }
+}
+
+/// Columns from left to right, each from top to bottom.
+type Columns<'a> = Vec<Vec<Slot<'a>>>;
+/// Upper left corner of a stage's box or lane, by stage and column.
+type Places<'a> = BTreeMap<(&'a str, usize), (usize, usize)>;
 
 impl StageGraph {
     /// SVG; `note` adds a line under a stage's name.
     pub fn to_svg(&self, pipeline: &Pipeline, note: impl Fn(&str) -> Option<String>) -> String {
         let columns = self.columns(pipeline);
-        let tallest = columns.iter().map(Vec::len).max().unwrap_or(0);
+        let tall = |column: &Vec<Slot<'_>>| -> usize {
+            column.iter().map(|slot| slot.height() + GAP_Y).sum::<usize>().saturating_sub(GAP_Y)
+        };
+        let tallest = columns.iter().map(tall).max().unwrap_or(0);
         let mut places = Places::new();
         for (x, column) in columns.iter().enumerate() {
             // Shorter columns stand in the middle.
-            let offset = (tallest - column.len()) * (HEIGHT + GAP_Y) / 2;
-            for (y, name) in column.iter().enumerate() {
-                let corner = (MARGIN + x * (WIDTH + GAP_X), MARGIN + offset + y * (HEIGHT + GAP_Y));
-                places.insert(name, corner);
+            let mut y = MARGIN + (tallest - tall(column)) / 2;
+            for slot in column {
+                places.insert((slot.stage, x), (MARGIN + x * (WIDTH + GAP_X), y));
+                y += slot.height() + GAP_Y;
             }
         }
         let width = 2 * MARGIN + columns.len() * (WIDTH + GAP_X) - GAP_X.min(columns.len() * GAP_X);
-        let height = 2 * MARGIN + tallest * (HEIGHT + GAP_Y) - GAP_Y.min(tallest * GAP_Y);
+        let height = 2 * MARGIN + tallest;
         let mut out = format!(
             "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{width}\" height=\"{height}\" \
              viewBox=\"0 0 {width} {height}\" font-family=\"sans-serif\" font-size=\"13\">\n\
@@ -48,9 +70,11 @@ impl StageGraph {
              markerWidth=\"8\" markerHeight=\"8\" orient=\"auto\">\
              <path d=\"M0,0 L8,4 L0,8 z\" fill=\"#7a828c\"/></marker></defs>\n"
         );
-        edges(pipeline, &places, &mut out);
+        let column = columns_of_boxes(&columns);
+        edges(pipeline, &places, &column, &mut out);
         for stage in &pipeline.stages {
-            let Some(corner) = places.get(stage.name.as_str()) else { continue };
+            let at = column.get(stage.name.as_str()).map(|x| (stage.name.as_str(), *x));
+            let Some(corner) = at.and_then(|at| places.get(&at)) else { continue };
             let note = note(&stage.name);
             boxed(*corner, note.as_deref(), &lines(stage, note.clone()), &mut out);
         }
@@ -69,37 +93,63 @@ impl StageGraph {
         )
     }
 
-    /// Names by column and row.
-    fn columns(&self, pipeline: &Pipeline) -> Vec<Vec<&str>> {
-        let mut place: BTreeMap<&str, (usize, usize)> = BTreeMap::new();
-        let mut columns: Vec<Vec<&str>> = Vec::new();
+    /// What stands in each column, in order.
+    fn columns<'a>(&'a self, pipeline: &'a Pipeline) -> Columns<'a> {
         let mut depth: BTreeMap<&str, usize> = BTreeMap::new();
-        for name in self.order() {
-            let Some(stage) = pipeline.stage(name) else { continue };
+        // The last column in which the outputs of a stage are needed.
+        let mut reach: BTreeMap<&str, usize> = BTreeMap::new();
+        for stage in self.order().filter_map(|name| pipeline.stage(name)) {
             let own = stage.needs().filter_map(|n| depth.get(n)).max().map_or(0, |d| d + 1);
-            depth.insert(name, own);
-            columns.resize_with(columns.len().max(own + 1), Vec::new);
-            columns[own].push(name);
+            depth.insert(&stage.name, own);
+            for need in stage.needs() {
+                let far = reach.entry(need).or_default();
+                *far = own.max(*far);
+            }
         }
-        for (x, column) in columns.iter_mut().enumerate() {
-            let mean = |name: &&str| {
-                let needs: Vec<f64> = pipeline
-                    .stage(name)
-                    .into_iter()
-                    .flat_map(crate::pipeline::Stage::needs)
-                    .filter_map(|n| place.get(n).map(|(_, y)| *y as f64))
-                    .collect();
+        let count = depth.values().max().map_or(0, |deepest| deepest + 1);
+        let mut columns: Columns<'a> = vec![Vec::new(); count];
+        for stage in self.order() {
+            let own = depth.get(stage).copied().unwrap_or(0);
+            columns[own].push(Slot { stage, lane: false });
+            for column in
+                columns.iter_mut().take(reach.get(stage).copied().unwrap_or(0)).skip(own + 1)
+            {
+                column.push(Slot { stage, lane: true });
+            }
+        }
+        let mut rows: BTreeMap<&str, f64> = BTreeMap::new();
+        for column in &mut columns {
+            let mean = |slot: &Slot<'_>| {
+                if slot.lane {
+                    return rows.get(slot.stage).copied().unwrap_or(0.0);
+                }
+                let needs = pipeline.stage(slot.stage).into_iter();
+                let needs = needs.flat_map(crate::pipeline::Stage::needs);
+                let needs: Vec<f64> = needs.filter_map(|n| rows.get(n).copied()).collect();
                 needs.iter().sum::<f64>() / needs.len().max(1) as f64
             };
             column.sort_by(|a, b| mean(a).total_cmp(&mean(b)));
-            place.extend(column.iter().enumerate().map(|(y, name)| (*name, (x, y))));
+            rows = column.iter().enumerate().map(|(y, slot)| (slot.stage, y as f64)).collect();
         }
         columns
     }
 }
 
+/// The column of each stage's box.
+fn columns_of_boxes<'a>(columns: &Columns<'a>) -> BTreeMap<&'a str, usize> {
+    let boxes = columns.iter().enumerate().flat_map(|(x, column)| {
+        column.iter().filter(|slot| !slot.lane).map(move |slot| (slot.stage, x))
+    });
+    boxes.collect()
+}
+
 /// One curve a pair of stages, labelled with the outputs it carries.
-fn edges(pipeline: &Pipeline, places: &Places<'_>, out: &mut String) {
+fn edges(
+    pipeline: &Pipeline,
+    places: &Places<'_>,
+    column: &BTreeMap<&str, usize>,
+    out: &mut String,
+) {
     let mut labels: BTreeMap<(&str, &str), Vec<&str>> = BTreeMap::new();
     for (from, to, output) in labelled_edges(pipeline) {
         let outputs = labels.entry((from, to)).or_default();
@@ -108,16 +158,26 @@ fn edges(pipeline: &Pipeline, places: &Places<'_>, out: &mut String) {
         }
     }
     for ((from, to), outputs) in labels {
-        let (Some((x1, y1)), Some((x2, y2))) = (places.get(from), places.get(to)) else { continue };
-        let (x1, y1, y2) = (x1 + WIDTH, y1 + HEIGHT / 2, y2 + HEIGHT / 2);
-        let bend = GAP_X / 2;
+        let (Some(first), Some(last)) = (column.get(from), column.get(to)) else { continue };
+        let Some((x, y)) = places.get(&(from, *first)) else { continue };
+        let mut path = format!("M{},{}", x + WIDTH, y + HEIGHT / 2);
+        let mut at = (x + WIDTH, y + HEIGHT / 2);
+        for x in first + 1..=*last {
+            let key = if x == *last { (to, x) } else { (from, x) };
+            let Some((x, y)) = places.get(&key) else { continue };
+            let y = y + if key.0 == to { HEIGHT } else { LANE } / 2;
+            let bend = GAP_X / 2;
+            let _ = write!(path, " C{},{} {},{y} {x},{y}", at.0 + bend, at.1, x - bend);
+            at = (x + WIDTH, y);
+            if key.0 != to {
+                let _ = write!(path, " H{}", at.0);
+            }
+        }
         let title = escaped(&format!("{from} to {to}: {}", outputs.join(", ")));
         let _ = writeln!(
             out,
-            "<path d=\"M{x1},{y1} C{},{y1} {},{y2} {x2},{y2}\" fill=\"none\" stroke=\"#7a828c\" \
-             marker-end=\"url(#head)\"><title>{title}</title></path>",
-            x1 + bend,
-            x2 - bend
+            "<path d=\"{path}\" fill=\"none\" stroke=\"#7a828c\" \
+             marker-end=\"url(#head)\"><title>{title}</title></path>"
         );
     }
 }
