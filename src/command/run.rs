@@ -78,9 +78,11 @@ pub(super) fn run(context: &Context<'_>, args: &Args) -> Result<u8, CommandError
 
     let mut lock = project.lock.clone();
     let planner = project.planner(&options);
-    let mut trace = Trace::default();
+    let mut trace = args.trace.as_ref().map(|path| (path, Trace::default()));
     let mut show = |event| {
-        trace.add(&event);
+        if let Some((_, trace)) = &mut trace {
+            trace.add(&event);
+        }
         display.show(&event);
         if args.logs {
             for line in replay(planner.cache, &event) {
@@ -89,7 +91,7 @@ pub(super) fn run(context: &Context<'_>, args: &Args) -> Result<u8, CommandError
         }
     };
     let summary = runner::run(planner, &mut lock, &selection, &run_options, &mut show);
-    if let Some(path) = &args.trace {
+    if let Some((path, trace)) = &trace {
         trace.write(path).map_err(|e| {
             let message = format!("could not write {}: {e}", path.display());
             CommandError::usage(message, "`--trace` takes a file that can be written")
