@@ -7,6 +7,7 @@ mod durable;
 mod lease;
 mod materialise;
 mod object;
+mod records;
 mod runs;
 mod scratch;
 mod stat_index;

@@ -1,21 +1,24 @@
 //! The command line: one file a subcommand, and what they share.
 
+mod completions;
 mod graph;
 mod init;
 mod keys;
 mod kinds;
+mod lock;
 mod logs;
 mod metrics;
 mod outputs;
 mod params;
 mod plan;
 mod predictions;
-mod revision;
 mod pull;
 mod push;
 mod remote;
+mod revision;
 mod run;
 mod runs;
+mod schema;
 mod side;
 mod why;
 
@@ -87,7 +90,7 @@ enum Command {
     Outputs(outputs::Args),
     /// Draw the pipeline
     Graph(graph::Args),
-    /// Print the newest log of a stage
+    /// Print the log of a stage: of what it would reuse, else the newest
     Logs(logs::Args),
     /// Show or compare what stages measured
     Metrics(metrics::Args),
@@ -107,6 +110,13 @@ enum Command {
     Keys(keys::Args),
     /// List the stage kinds, or the params, inputs and outputs of one
     Kinds(kinds::Args),
+    /// Print the completions for a shell
+    Completions(completions::Args),
+    /// Merge lock files
+    #[command(subcommand)]
+    Lock(lock::Args),
+    /// Print the JSON Schema of the pipeline file, for editors
+    Schema(schema::Args),
 }
 
 /// Whatever a subcommand can fail with.
@@ -298,6 +308,9 @@ pub fn main(kinds: &[&dyn StageKind]) -> ExitCode {
         Command::Pull(args) => pull::run(&context, &args),
         Command::Keys(args) => keys::run(&context, &args),
         Command::Kinds(args) => kinds::run(&context, &args),
+        Command::Completions(args) => Ok(completions::run(&args)),
+        Command::Lock(args) => lock::run(&args),
+        Command::Schema(args) => Ok(schema::run(&context, &args)),
     };
     match result {
         Ok(code) => ExitCode::from(code),

@@ -3,9 +3,10 @@
 //! Data goes to standard output, everything else to standard error.
 
 mod plain;
-mod table;
 mod shared;
+mod table;
 mod terminal;
+mod trace;
 
 use std::fmt::Write as _;
 use std::io::{self, IsTerminal, Write};
@@ -13,6 +14,7 @@ use std::io::{self, IsTerminal, Write};
 use miette::{Diagnostic, GraphicalReportHandler, GraphicalTheme};
 
 pub use table::table;
+pub use trace::Trace;
 
 use crate::event::Event;
 

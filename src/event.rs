@@ -25,6 +25,9 @@ pub enum Event {
         fingerprint: Fingerprint,
         /// Seconds that the run which made the artifacts took: time saved.
         saved_seconds: f64,
+        /// Early cutoff: stages that feed it ran in this run and made what they had made before.
+        #[serde(skip_serializing_if = "Vec::is_empty")]
+        cut_off_by: Vec<String>,
     },
     /// Another process is running the same fingerprint; this run waits for it.
     StageWaiting {
@@ -168,5 +171,19 @@ pub enum Event {
         seconds: f64,
         /// Sum of what the reused stages once took.
         saved_seconds: f64,
+        /// Stages reused by early cutoff, among the reused ones.
+        cut_off: usize,
+        /// The chain of stages, producers first, that the run had to wait for: no number of jobs
+        /// makes it shorter.
+        critical_path: Vec<PathStep>,
     },
+}
+
+/// One stage of a critical path.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct PathStep {
+    /// Stage.
+    pub stage: String,
+    /// Wall time in seconds.
+    pub seconds: f64,
 }

@@ -1,5 +1,7 @@
 //! The stages of a pipeline as a directed graph: order, closures, cycles, drawings.
 
+mod drawing;
+
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
 use std::fmt::Write;

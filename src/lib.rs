@@ -20,4 +20,5 @@ pub mod record;
 pub mod remote;
 pub mod runner;
 pub mod runs;
+pub mod schema;
 pub mod yaml;

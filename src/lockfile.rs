@@ -3,7 +3,7 @@
 //!
 //! JSON with sorted keys, named after the pipeline file, and written only when an entry changes.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -60,7 +60,15 @@ impl Lockfile {
     /// # Errors
     /// [`LockError`] where it is there and cannot be read.
     pub fn beside(pipeline: &Path) -> Result<Self, LockError> {
-        let path = pipeline.with_extension("lock");
+        Self::at(&pipeline.with_extension("lock"))
+    }
+
+    /// Reads a lock file; an absent or empty one pins nothing.
+    ///
+    /// # Errors
+    /// [`LockError`] where it is there and cannot be read.
+    pub fn at(path: &Path) -> Result<Self, LockError> {
+        let path = path.to_owned();
         let text = match fs::read(&path) {
             Ok(text) => text,
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
@@ -81,6 +89,10 @@ impl Lockfile {
     /// # Errors
     /// [`LockError::Content`] where it does not parse.
     pub fn parse(path: PathBuf, text: &[u8]) -> Result<Self, LockError> {
+        // What git hands a merge driver where a side has no such file.
+        if text.is_empty() {
+            return Ok(Self::empty(path));
+        }
         let content = |line, column, message| LockError::Content {
             path: path.clone(),
             line,
@@ -88,13 +100,42 @@ impl Lockfile {
             message,
         };
         let parsed: Content = serde_json::from_slice(text).map_err(|e| {
-            content(e.line(), e.column(), format!("{e}; delete the file to resolve anew"))
+            content(
+                e.line(),
+                e.column(),
+                format!(
+                    "{e}; `pipe lock --help` says how to merge; deleting the file resolves anew"
+                ),
+            )
         })?;
         if parsed.version != VERSION {
             let message = format!("written by another version of pipe (layout {})", parsed.version);
             return Err(content(1, 1, message));
         }
         Ok(Self { path, sources: parsed.sources })
+    }
+
+    /// Both sides of a merge in one: every source of either. Where both pin a source and differ,
+    /// the side that left `base` wins; where both left it, `ours` does and the key is returned.
+    pub fn merged(base: &Self, ours: &Self, theirs: &Self) -> (Self, Vec<String>) {
+        let keys: BTreeSet<&String> = ours.sources.keys().chain(theirs.sources.keys()).collect();
+        let (mut sources, mut both) = (BTreeMap::new(), Vec::new());
+        for key in keys {
+            let (old, a, b) = (base.get(key), ours.get(key), theirs.get(key));
+            let pinned = match (a, b) {
+                (Some(a), Some(b)) if a != b && old == Some(a) => Some(b),
+                (Some(a), Some(b)) if a != b && old != Some(b) => {
+                    both.push(key.clone());
+                    Some(a)
+                }
+                // Left out on one side: gone if that side had it, new on the other if not.
+                (Some(a), None) => Some(a).filter(|a| old != Some(*a)),
+                (None, Some(b)) => Some(b).filter(|b| old != Some(*b)),
+                (a, _) => a,
+            };
+            sources.extend(pinned.map(|value| (key.clone(), value.clone())));
+        }
+        (Self { path: ours.path.clone(), sources }, both)
     }
 
     /// What a key is pinned to.
@@ -111,6 +152,14 @@ impl Lockfile {
             return Ok(());
         }
         self.sources.insert(key.to_owned(), sorted(value));
+        self.write()
+    }
+
+    /// Writes the file, durably.
+    ///
+    /// # Errors
+    /// [`LockError::Io`] when the disk refuses.
+    pub fn write(&self) -> Result<(), LockError> {
         let io = |source| LockError::Io { doing: "write", path: self.path.clone(), source };
         let content = Content { version: VERSION, sources: self.sources.clone() };
         let mut text = serde_json::to_vec_pretty(&content).map_err(|e| io(e.into()))?;
@@ -165,6 +214,23 @@ mod tests {
             Lockfile::beside(&pipeline).unwrap().get("hf:x"),
             Some(&json!({"a": 2, "z": 1}))
         );
+    }
+
+    #[test]
+    fn merge_takes_every_change_and_names_what_both_sides_changed() {
+        let lock = |sources: Value| Lockfile {
+            path: "p.lock".into(),
+            sources: serde_json::from_value(sources).unwrap(),
+        };
+        let base = lock(json!({"kept": 1, "ours": 1, "theirs": 1, "both": 1, "dropped": 1}));
+        let ours =
+            lock(json!({"kept": 1, "ours": 2, "theirs": 1, "both": 2, "mine": 1, "same": 5}));
+        let theirs =
+            lock(json!({"kept": 1, "ours": 1, "theirs": 3, "both": 3, "dropped": 1, "same": 5}));
+        let (merged, both) = Lockfile::merged(&base, &ours, &theirs);
+        let wanted = json!({"kept": 1, "ours": 2, "theirs": 3, "both": 2, "mine": 1, "same": 5});
+        assert_eq!(serde_json::to_value(&merged.sources).unwrap(), wanted);
+        assert_eq!(both, ["both"]);
     }
 
     #[test]

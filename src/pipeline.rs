@@ -17,6 +17,8 @@ use contract::{OutputSpec, Signature, StageKind};
 use serde_json::Value;
 
 pub use points::{PointParams, Points, plain_stage, point_label};
+pub(crate) use read::{STAGE_KEYS, TOP_KEYS};
+
 pub use problem::{PipelineError, Problem, Sources, suggest};
 
 use crate::yaml::Place;

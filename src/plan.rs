@@ -4,6 +4,8 @@
 //! runner asks the same [`Planner::decide`] once a stage's inputs are known, so that plan and run
 //! cannot disagree.
 
+mod files;
+mod history;
 mod reason;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -11,6 +13,8 @@ use std::sync::Arc;
 
 use serde::Serialize;
 
+pub use files::FileChanges;
+pub use history::Comparison;
 pub use reason::Reason;
 
 use crate::cache::{Cache, CacheError};
@@ -229,7 +233,7 @@ impl Planner<'_> {
         let Some(record) = self.cache.record(&stage.kind, fingerprint)? else {
             let last = self.cache.last(&self.pipeline.name, &stage.name);
             let mut reasons = match last {
-                Some(last) => reason::changes(stage, &last.identity, identity),
+                Some(last) => self.changes(stage, &last.identity, identity),
                 None => vec![Reason::NeverRan],
             };
             let refused = self.cache.refusal(fingerprint);
@@ -362,12 +366,23 @@ impl Planner<'_> {
         records: &Records,
         lock: &Lockfile,
     ) -> Result<Vec<Reason>, PlanError> {
-        let Some(last) = self.cache.last(&self.pipeline.name, &stage.name) else {
-            return Ok(vec![Reason::NeverRan]);
-        };
+        match self.cache.last(&self.pipeline.name, &stage.name) {
+            Some(last) => self.known_changes(stage, &last.identity, records, lock),
+            None => Ok(vec![Reason::NeverRan]),
+        }
+    }
+
+    /// What differs from an earlier identity; an input that is not known yet counts as unchanged.
+    fn known_changes(
+        &self,
+        stage: &Stage,
+        earlier: &Identity,
+        records: &Records,
+        lock: &Lockfile,
+    ) -> Result<Vec<Reason>, PlanError> {
         let mut inputs = self.local_inputs(stage)?;
         for (name, input) in &stage.inputs {
-            let old = last.identity.inputs.get(name).copied();
+            let old = earlier.inputs.get(name).copied();
             let new = match &input.from {
                 InputRef::Local(_) => continue,
                 InputRef::Gathered(gathered) => gather::digest(gathered, records).ok().or(old),
@@ -378,10 +393,10 @@ impl Planner<'_> {
             };
             inputs.extend(new.map(|digest| (name.clone(), digest)));
         }
-        let upstream = last.identity.upstream.clone();
+        let upstream = earlier.upstream.clone();
         let identity = Self::without_inputs(stage, lock, inputs, upstream);
-        let changed = identity != last.identity;
-        Ok(if changed { reason::changes(stage, &last.identity, &identity) } else { Vec::new() })
+        let changed = identity.fingerprint() != earlier.fingerprint();
+        Ok(if changed { self.changes(stage, earlier, &identity) } else { Vec::new() })
     }
 }
 

@@ -3,6 +3,7 @@
 //!
 //! The only module that commits outputs to the cache.
 
+mod critical_path;
 mod execute;
 mod shared;
 mod slots;
@@ -112,6 +113,8 @@ pub fn run(
         stopped: BTreeMap::new(),
         summary: RunSummary::default(),
         saved: 0.0,
+        cut_off: 0,
+        took: BTreeMap::new(),
         interrupted_at: None,
         killed: false,
         offers: None,
@@ -148,8 +151,19 @@ pub fn run(
     result?;
     let RunSummary { ran, reused, fetched, failed, skipped, .. } = run.summary;
     let (seconds, saved_seconds) = (started.elapsed().as_secs_f64(), run.saved);
-    let summary = run.summary;
-    sink(Event::RunFinished { ran, reused, fetched, failed, skipped, seconds, saved_seconds });
+    let (summary, cut_off) = (run.summary, run.cut_off);
+    let critical_path = critical_path::of(planner, &run.took);
+    sink(Event::RunFinished {
+        ran,
+        reused,
+        fetched,
+        failed,
+        skipped,
+        seconds,
+        saved_seconds,
+        cut_off,
+        critical_path,
+    });
     Ok(summary)
 }
 
@@ -173,6 +187,10 @@ struct Run<'a> {
     stopped: BTreeMap<String, String>,
     summary: RunSummary,
     saved: f64,
+    /// Stages reused although stages that feed them ran.
+    cut_off: usize,
+    /// Seconds of the stages that ran.
+    took: BTreeMap<String, f64>,
     interrupted_at: Option<Instant>,
     killed: bool,
     /// Takes what is to be uploaded.
@@ -306,10 +324,14 @@ impl<'a> Run<'a> {
         self.planner.cache.set_last(pipeline, &stage.name, &stage.kind, record.fingerprint);
         self.saved += record.seconds;
         self.summary.reused += 1;
+        let mut cut_off_by: Vec<String> = stage.needs().map(str::to_owned).collect();
+        cut_off_by.retain(|name| self.took.contains_key(name));
+        self.cut_off += usize::from(!cut_off_by.is_empty());
         (self.sink)(Event::StageReused {
             stage: stage.name.clone(),
             fingerprint: record.fingerprint,
             saved_seconds: record.seconds,
+            cut_off_by,
         });
         self.records.insert(stage.name.clone(), record);
     }
@@ -377,6 +399,10 @@ impl<'a> Run<'a> {
                 let pipeline = &self.planner.pipeline.name;
                 self.planner.cache.set_last(pipeline, name, &stage.kind, record.fingerprint);
                 self.summary.ran += 1;
+                self.took.insert(name.to_owned(), record.seconds);
+                if let Some(log) = &log {
+                    self.planner.cache.keep_log(record.fingerprint, log);
+                }
                 (self.sink)(Event::StageFinished {
                     stage: name.to_owned(),
                     fingerprint: record.fingerprint,

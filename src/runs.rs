@@ -117,7 +117,7 @@ impl RunLog {
             Event::StageStarted { stage, fingerprint, .. } => {
                 self.started.insert(stage.clone(), *fingerprint);
             }
-            Event::StageReused { stage, fingerprint, saved_seconds } => {
+            Event::StageReused { stage, fingerprint, saved_seconds, .. } => {
                 self.add(stage, RunStatus::Reused, Some(*fingerprint), *saved_seconds);
             }
             Event::StageFinished { stage, fingerprint, seconds, .. } => {

@@ -173,6 +173,14 @@ impl Cache {
         if !metadata(path)?.is_dir() {
             return self.digest_file(path);
         }
+        Ok(Digest::of(&listing(&self.list_local(path)?)))
+    }
+
+    /// The files of a user's folder, hashed through the stat index.
+    ///
+    /// # Errors
+    /// [`CacheError`] naming the file that cannot be read.
+    pub fn list_local(&self, path: &Path) -> Result<Vec<TreeEntry>, CacheError> {
         let mut entries = Vec::new();
         for (name, file) in files_below(path)? {
             let meta = metadata(&file)?;
@@ -180,7 +188,7 @@ impl Cache {
             let exec = meta.mode() & 0o100 != 0;
             entries.push(TreeEntry { path: name, exec, bytes: meta.len(), digest });
         }
-        Ok(Digest::of(&listing(&entries)))
+        Ok(entries)
     }
 
     fn digest_file(&self, path: &Path) -> Result<Digest, CacheError> {
@@ -212,7 +220,7 @@ fn metadata(path: &Path) -> Result<Metadata, CacheError> {
     fs::metadata(path).map_err(|e| CacheError::io("read", path, e))
 }
 
-fn listing(entries: &[TreeEntry]) -> Vec<u8> {
+pub(super) fn listing(entries: &[TreeEntry]) -> Vec<u8> {
     serde_json::to_vec(entries).unwrap_or_default()
 }
 

@@ -19,6 +19,8 @@ pub(super) struct Args {
 enum Format {
     Dot,
     Mermaid,
+    Svg,
+    Html,
 }
 
 pub(super) fn run(context: &Context<'_>, args: &Args) -> Result<u8, CommandError> {
@@ -42,6 +44,8 @@ pub(super) fn run(context: &Context<'_>, args: &Args) -> Result<u8, CommandError
     display::out(&match args.format {
         Format::Dot => project.graph.to_dot(&project.pipeline, note),
         Format::Mermaid => project.graph.to_mermaid(&project.pipeline, note),
+        Format::Svg => project.graph.to_svg(&project.pipeline, note),
+        Format::Html => project.graph.to_html(&project.pipeline, note),
     });
     Ok(exit_code::OK)
 }

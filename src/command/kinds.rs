@@ -36,7 +36,7 @@ pub(super) fn run(context: &Context<'_>, args: &Args) -> Result<u8, CommandError
 }
 
 /// Params for kinds that cannot do without some.
-fn example(kind: &str) -> Value {
+pub(super) fn example(kind: &str) -> Value {
     match kind {
         "download" => json!({"source": {"path": "data"}}),
         "subsample" => json!({"format": "chat-jsonl", "train": [0, 100], "test": [100, 120]}),

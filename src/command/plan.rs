@@ -86,6 +86,9 @@ fn lines(stage: &PlannedStage) -> Vec<String> {
             let mut lines =
                 vec![format!("maybe  depends on what {} will make", waits_for.join(", "))];
             lines.extend(reasons.iter().map(ToString::to_string));
+            if reasons.is_empty() {
+                lines.push("early cutoff: reused if they make what they made before".to_owned());
+            }
             lines
         }
     }

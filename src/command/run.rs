@@ -1,17 +1,23 @@
 //! `pipe run`.
 
 use std::collections::BTreeSet;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use contract::Progress;
+
 use super::{CommandError, Context, remote};
-use crate::display::{Mode, RunDisplay};
+use crate::cache::Cache;
+use crate::display::{Mode, RunDisplay, Trace};
+use crate::event::Event;
 use crate::exit_code;
 use crate::plan::PlanOptions;
 use crate::runner::{self, RunOptions};
 use crate::runs::RunLog;
 
 #[derive(Debug, clap::Args)]
+#[allow(clippy::struct_excessive_bools, reason = "one a flag")]
 pub(super) struct Args {
     /// Stages or targets [default: the target `default`, else every stage]
     #[arg(value_name = "STAGE|TARGET")]
@@ -31,6 +37,12 @@ pub(super) struct Args {
     /// After a failure, go on with the stages that do not depend on the failed one
     #[arg(long)]
     keep_going: bool,
+    /// Show the stages' log lines, and those of reused stages while their logs are kept
+    #[arg(long)]
+    logs: bool,
+    /// Write a Chrome trace of the run to a file, for Perfetto
+    #[arg(long, value_name = "FILE")]
+    trace: Option<PathBuf>,
 }
 
 pub(super) fn run(context: &Context<'_>, args: &Args) -> Result<u8, CommandError> {
@@ -64,16 +76,32 @@ pub(super) fn run(context: &Context<'_>, args: &Args) -> Result<u8, CommandError
         fetch_only: false,
     };
     let mut display =
-        RunDisplay::new(Mode::detect(context.shared.json), context.shared.verbose > 0);
+        RunDisplay::new(Mode::detect(context.shared.json), context.shared.verbose > 0 || args.logs);
 
     let mut lock = project.lock.clone();
     let planner = project.planner(&options);
     let mut log = RunLog::new(&project.pipeline, &args.names, &context.shared.set);
+    let mut trace = args.trace.as_ref().map(|path| (path, Trace::default()));
     let mut show = |event| {
         log.observe(&event);
+        if let Some((_, trace)) = &mut trace {
+            trace.add(&event);
+        }
         display.show(&event);
+        if args.logs {
+            for line in replay(planner.cache, &event) {
+                display.show(&line);
+            }
+        }
     };
-    let summary = runner::run(planner, &mut lock, &selection, &run_options, &mut show)?;
+    let summary = runner::run(planner, &mut lock, &selection, &run_options, &mut show);
+    if let Some((path, trace)) = &trace {
+        trace.write(path).map_err(|e| {
+            let message = format!("could not write {}: {e}", path.display());
+            CommandError::usage(message, "`--trace` takes a file that can be written")
+        })?;
+    }
+    let summary = summary?;
     log.finish().iter().for_each(|record| project.cache.put_run(record));
     project.lock = lock;
     Ok(match summary {
@@ -94,4 +122,16 @@ pub(super) fn interrupts() -> Arc<AtomicUsize> {
         tracing::warn!(%error, "cannot listen for interrupts");
     }
     interrupts
+}
+
+/// The log of a reused stage, as the stage would have said it.
+fn replay(cache: &Cache, event: &Event) -> Vec<Event> {
+    let Event::StageReused { stage, fingerprint, .. } = event else { return Vec::new() };
+    let log = cache.log_of(*fingerprint).and_then(|path| std::fs::read(path).ok());
+    let text = log.unwrap_or_default();
+    let said = |line: &str| {
+        let progress = Progress::Log { message: line.to_owned() };
+        Event::StageProgress { stage: stage.clone(), progress }
+    };
+    String::from_utf8_lossy(&text).lines().map(said).collect()
 }

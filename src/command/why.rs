@@ -1,5 +1,7 @@
 //! `pipe why`.
 
+mod history;
+
 use super::{CommandError, Context};
 use crate::display::{self, duration};
 use crate::exit_code;
@@ -10,11 +12,20 @@ use crate::record::Record;
 pub(super) struct Args {
     /// Stage
     stage: String,
+    /// Compare with this earlier execution instead: the start of its fingerprint
+    #[arg(long, value_name = "FINGERPRINT", conflicts_with = "runs")]
+    run: Option<String>,
+    /// List the executions of the stage that the cache knows, newest first
+    #[arg(long)]
+    runs: bool,
 }
 
 pub(super) fn run(context: &Context<'_>, args: &Args) -> Result<u8, CommandError> {
     let project = context.project()?;
     let stage = project.stage(&args.stage)?;
+    if args.runs || args.run.is_some() {
+        return history::run(context, &project, stage, args.run.as_deref());
+    }
     let options = PlanOptions::default();
     let selection = [stage.name.clone()];
     let plan = project.planner(&options).plan(&selection, &project.lock)?;

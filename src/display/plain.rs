@@ -71,8 +71,13 @@ pub(super) fn said(stage: &str, progress: &Progress, verbose: bool) -> Option<St
 pub(super) fn lasting(event: &Event) -> Option<String> {
     Some(match event {
         Event::RunStarted { .. } | Event::StageProgress { .. } => return None,
-        Event::StageReused { stage, fingerprint, saved_seconds } => {
-            format!("{stage}: reused {} (took {})", fingerprint.short(), duration(*saved_seconds))
+        Event::StageReused { stage, fingerprint, saved_seconds, cut_off_by } => {
+            let took = duration(*saved_seconds);
+            let mut line = format!("{stage}: reused {} (took {took})", fingerprint.short());
+            if !cut_off_by.is_empty() {
+                line.push_str(&format!(", early cutoff after {}", cut_off_by.join(", ")));
+            }
+            line
         }
         Event::StageWaiting { stage, holder } => {
             format!("{stage}: waiting for {holder}, which works on the same")
@@ -97,20 +102,49 @@ pub(super) fn lasting(event: &Event) -> Option<String> {
             format!("{stage}: skipped, because {because_of} failed")
         }
         Event::Interrupted => "interrupted: stopping the running stages".to_owned(),
-        Event::RunFinished { ran, reused, fetched, failed, skipped, seconds, saved_seconds } => {
-            let mut parts = vec![format!("{ran} run"), format!("{reused} reused")];
-            parts.extend((*fetched > 0).then(|| format!("{fetched} of them fetched")));
-            parts.extend((*failed > 0).then(|| format!("{failed} failed")));
-            parts.extend((*skipped > 0).then(|| format!("{skipped} not run")));
-            let saved = if *saved_seconds >= 1.0 {
-                format!(", {} saved", duration(*saved_seconds))
-            } else {
-                String::new()
-            };
-            format!("{} in {}{saved}", parts.join(", "), duration(*seconds))
+        Event::RunFinished { critical_path, .. } => {
+            let mut text = summary(event);
+            if critical_path.len() > 1 {
+                let seconds = critical_path.iter().map(|step| step.seconds).sum();
+                let names: Vec<&str> = critical_path.iter().map(|s| s.stage.as_str()).collect();
+                let (names, time) = (names.join(" > "), duration(seconds));
+                text.push_str(&format!("\ncritical path {time}: {names}"));
+            }
+            text
         }
         other => return super::shared::lasting(other),
     })
+}
+
+/// The counts and times of a finished run.
+fn summary(event: &Event) -> String {
+    let Event::RunFinished {
+        ran,
+        reused,
+        fetched,
+        failed,
+        skipped,
+        seconds,
+        saved_seconds,
+        cut_off,
+        ..
+    } = event
+    else {
+        return String::new();
+    };
+    let mut parts = vec![format!("{ran} run"), format!("{reused} reused")];
+    if *cut_off > 0 {
+        parts[1].push_str(&format!(" ({cut_off} by early cutoff)"));
+    }
+    parts.extend((*fetched > 0).then(|| format!("{fetched} of them fetched")));
+    parts.extend((*failed > 0).then(|| format!("{failed} failed")));
+    parts.extend((*skipped > 0).then(|| format!("{skipped} not run")));
+    let saved = if *saved_seconds >= 1.0 {
+        format!(", {} saved", duration(*saved_seconds))
+    } else {
+        String::new()
+    };
+    format!("{} in {}{saved}", parts.join(", "), duration(*seconds))
 }
 
 #[cfg(test)]

@@ -13,9 +13,10 @@ use super::variables::{Variables, apply_set};
 use super::{Gathered, Input, InputRef, Kinds, Pipeline, Points, Stage, expand};
 use crate::yaml::{self, Key, Node, Place, Tree, YamlError};
 
-const STAGE_KEYS: [&str; 8] =
+pub(crate) const STAGE_KEYS: [&str; 8] =
     ["kind", "params", "matrix", "inputs", "env", "pass_env", "require", "description"];
-const TOP_KEYS: [&str; 6] = ["name", "description", "params", "targets", "stages", "remote"];
+pub(crate) const TOP_KEYS: [&str; 6] =
+    ["name", "description", "params", "targets", "stages", "remote"];
 
 pub(super) fn pipeline(
     path: &Path,

@@ -6,6 +6,7 @@ use std::fmt;
 use serde::Serialize;
 use serde_json::Value;
 
+use super::files::FileChanges;
 use crate::digest::Digest;
 use crate::fingerprint::{Identity, canonical};
 use crate::pipeline::{InputRef, Stage};
@@ -39,6 +40,9 @@ pub enum Reason {
         new: Option<String>,
         /// `stage.output` or the local path it comes from.
         from: String,
+        /// The files that differ, where it is a folder and the cache knows both states.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        files: Option<FileChanges>,
     },
     /// The kind's version differs: its outputs mean something else now.
     Version {
@@ -149,7 +153,13 @@ fn inputs(stage: &Stage, old: &Identity, new: &Identity, found: &mut Vec<Reason>
             Some(InputRef::Gathered(g)) => format!("{}@*.{}", g.stage, g.output),
             None => String::new(),
         };
-        found.push(Reason::Input { input: name.clone(), old: short(a), new: short(b), from });
+        found.push(Reason::Input {
+            input: name.clone(),
+            old: short(a),
+            new: short(b),
+            from,
+            files: None,
+        });
     }
 }
 
@@ -199,10 +209,11 @@ impl fmt::Display for Reason {
             Self::Param { path, old, new } => {
                 write!(f, "{path}: {} -> {}", shown(old.as_ref()), shown(new.as_ref()))
             }
-            Self::Input { input, old, new, from } => {
+            Self::Input { input, old, new, from, files } => {
                 let (old, new) = (or(old.as_ref(), "(absent)"), or(new.as_ref(), "(absent)"));
                 let from = if from.is_empty() { String::new() } else { format!(" (from {from})") };
-                write!(f, "input {input}: {old} -> {new}{from}")
+                write!(f, "input {input}: {old} -> {new}{from}")?;
+                files.as_ref().map_or(Ok(()), |files| write!(f, ": {files}"))
             }
             Self::Version { old, new } => write!(f, "version of the stage kind: {old} -> {new}"),
             Self::Kind { old, new } => write!(f, "kind: {old} -> {new}"),

@@ -198,6 +198,7 @@ fn attempt(
     let seconds = clock.elapsed().as_secs_f64();
 
     unchanged_locals(planner, job)?;
+    keep_listings(planner, job);
     let outputs = store(planner, job, &request, &work)?;
     let mut identity = job.identity.clone();
     if job.stage.signature.lock_key.is_some() {
@@ -304,6 +305,17 @@ fn unchanged_locals(planner: Planner<'_>, job: &Job<'_>) -> Result<(), StageErro
         }
     }
     Ok(())
+}
+
+/// Folders of the user are not stored; their listings are, for explanations.
+fn keep_listings(planner: Planner<'_>, job: &Job<'_>) {
+    for input in job.stage.inputs.values() {
+        let InputRef::Local(path) = &input.from else { continue };
+        let path = planner.pipeline.dir.join(path);
+        if path.is_dir() {
+            planner.cache.keep_listing(&path);
+        }
+    }
 }
 
 fn store(

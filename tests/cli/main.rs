@@ -10,7 +10,11 @@ mod failures;
 #[cfg(feature = "remote")]
 mod http;
 mod processes;
+mod programs;
 #[cfg(feature = "remote")]
 mod remote;
+mod schema;
 mod space;
 mod sweeps;
+mod truth;
+mod words;

@@ -108,6 +108,36 @@ impl StageKind for Command {
         })
     }
 
+    fn params_schema(&self) -> Option<Value> {
+        let plain_name = json!({"type": "string", "description": "name of the file or folder"});
+        Some(json!({
+            "type": "object",
+            "required": ["run"],
+            "additionalProperties": false,
+            "properties": {
+                "run": {"type": "string", "description": "text handed to the shell; it sees $PIPE_INPUT_NAME and $PIPE_OUTPUT_NAME"},
+                "shell": {"type": "string", "default": shell(), "description": "program that runs it with `-c`"},
+                "outputs": {
+                    "type": "object",
+                    "description": "outputs by name",
+                    "additionalProperties": {
+                        "type": ["object", "string"],
+                        "properties": {"file": plain_name, "dir": plain_name},
+                        "additionalProperties": false,
+                        "minProperties": 1,
+                        "maxProperties": 1,
+                    },
+                },
+                "nondeterministic": {"type": ["boolean", "string"], "default": false, "description": "the command may make other bytes each time"},
+                "resources": {
+                    "type": "object",
+                    "description": "slots of the host that it takes, such as gpu: 1",
+                    "additionalProperties": {"type": ["integer", "string"]},
+                },
+            },
+        }))
+    }
+
     fn run(&self, request: &Request, reporter: &mut Reporter) -> Result<Outcome, StageError> {
         let params: Params = request.params()?;
         let work = request.scratch.join("work");

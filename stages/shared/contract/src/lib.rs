@@ -42,6 +42,13 @@ pub trait StageKind: Send + Sync {
     /// [`ParamError`] with the path of the offending key inside `params`.
     fn resolve(&self, params: &serde_json::Value) -> Result<Signature, ParamError>;
 
+    /// JSON Schema of `params:` as it may be written, for editors; variables (`${name}`) may stand
+    /// anywhere as text. Without one, names and types are taken from the defaults that
+    /// [`StageKind::resolve`] fills in.
+    fn params_schema(&self) -> Option<serde_json::Value> {
+        None
+    }
+
     /// Does the work, in a process of its own.
     ///
     /// Reads only `request.inputs`, writes only `request.outputs` and `request.scratch`.
