@@ -4,6 +4,9 @@
     python compile.py --out cubins --only sm_90        (any machine)
     python check_attention.py --cubins cubins --architectures sm_90,sm_90a [--time]
 
+An architecture may name a folder of cubins made with other -D settings: sm_90a@VARIANT reads cubins/VARIANT, and
+shapes that the variant was not compiled for are left out of the timing.
+
 The kernels are loaded and launched through the driver, as the product does. The slow twin is `reference`:
 the equations in float64 with a mask, its gradients by autograd.
 """
@@ -57,6 +60,8 @@ class Attention:
     """One compiled variant."""
 
     def __init__(self, folder, architecture, dim, cap):
+        architecture, _, variant = architecture.partition("@")
+        folder = os.path.join(folder, variant)
         tail = f"{architecture}-{dim}" + ("-softcap" if cap else "")
         self.f = Module(os.path.join(folder, f"attention_forward-{tail}.cubin"))
         self.b = Module(os.path.join(folder, f"attention_backward-{tail}.cubin"))
@@ -225,7 +230,10 @@ def benchmark(folder, architectures):
         flops = 4 * heads * dim * sum(l * (l + 1) / 2 for l in lengths)
         rows.append((label, "torch", *sdpa_times(len(lengths), lengths[0], heads, kv_heads, dim), None, flops))
         for architecture in architectures:
-            a = Attention(folder, architecture, dim, 0)
+            try:
+                a = Attention(folder, architecture, dim, 0)
+            except FileNotFoundError:
+                continue
             make = lambda h: torch.randn(n, h * dim, device="cuda").to(a.dtype)
             q, k, v, do = make(heads), make(kv_heads), make(kv_heads), make(heads)
             o, dq, dk, dv = torch.empty_like(q), torch.empty_like(q), torch.empty_like(k), torch.empty_like(k)
