@@ -7,11 +7,13 @@
 // Two kernels, in this order. attention_backward_q: a block owns QUERIES rows of one head, K and V pass by; it
 // also makes delta. attention_backward_kv: a block owns KEYS rows of one kv head, and Q and dO of all query heads
 // of the group pass by, so that GQA needs no reduction afterwards. It works on transposed scores (keys as rows):
-// P and dS then are in the registers of the warp that adds them to dV and dK. S and dP are computed in both
+// P and dS then are in the registers of the warp that adds them to dV and dK. Few kv heads make few blocks, so
+// blockIdx.z may split the group: each split writes f32 sums, and attention_backward_reduce adds them in order.
+// S and dP are computed in both
 // kernels: 7 products instead of 5, which costs less than summing partial dQ in a fixed order through memory.
 //
 // Tile sizes: as in attention_forward.cu. dK and dV take 4 HEAD_DIM bytes of registers a row and lane pair, so a
-// warp owns 16 keys; at HEAD_DIM 256 not both fit, and two blocks (blockIdx.z) make dV and dK.
+// warp owns 16 keys; at HEAD_DIM 256 not both fit, and two blocks make dV and dK.
 #ifndef ATTENTION_COMMON
 #include "attention_common.cuh"
 #endif
@@ -22,7 +24,7 @@ constexpr int Q_WARPS = Q_CONFIG, M = 1, Q_KEYS = Q_CONFIG_KEYS, Q_BLOCKS = Q_CO
 #elif WGMMA && HEAD_DIM == 256
 constexpr int Q_WARPS = 4, M = 1, Q_KEYS = 64, Q_BLOCKS = 1;
 #elif WGMMA
-constexpr int Q_WARPS = 8, M = 1, Q_KEYS = 64, Q_BLOCKS = 1;
+constexpr int Q_WARPS = 4, M = 1, Q_KEYS = 64, Q_BLOCKS = 2;
 #elif HEAD_DIM == 64 && SHARED_KIB > 64
 constexpr int Q_WARPS = 4, M = 2, Q_KEYS = 64, Q_BLOCKS = 2;
 #elif HEAD_DIM == 64
@@ -48,7 +50,7 @@ constexpr int K_WARPS = K_CONFIG, K_QUERIES = K_CONFIG_QUERIES, K_BLOCKS = K_CON
 #elif WGMMA && HEAD_DIM == 256
 constexpr int K_WARPS = 4, K_QUERIES = 64, K_BLOCKS = 1;
 #elif WGMMA
-constexpr int K_WARPS = 8, K_QUERIES = 64, K_BLOCKS = 1;
+constexpr int K_WARPS = 4, K_QUERIES = 64, K_BLOCKS = 2;
 #elif HEAD_DIM == 64
 constexpr int K_WARPS = 4, K_QUERIES = SHARED_KIB > 64 ? 64 : 32, K_BLOCKS = SHARED_KIB > 64 ? 2 : 1;
 #elif HEAD_DIM == 128 && SHARED_KIB > 64
@@ -175,7 +177,7 @@ extern "C" __global__ void __launch_bounds__(Q_THREADS, Q_BLOCKS)
         end_group();
         product_abt<QUERIES>(dp, do_tile, first, v_tiles + now);
         end_group();
-        wait_products<0>();
+        wait_products<1>();
         bool masked = key < unit_full || key + Q_KEYS - 1 > unit_row;
 #pragma unroll
         for (int m = 0; m < M; ++m)
@@ -183,12 +185,20 @@ extern "C" __global__ void __launch_bounds__(Q_THREADS, Q_BLOCKS)
             for (int n = 0; n < Q_N; ++n)
 #pragma unroll
                 for (int e = 0; e < 4; ++e) {
-                    float slope, p = probability(s[m][n][e], lse_2[m][e >> 1], unit, into_cap, softcap, slope);
+                    float slope;
+                    float p = probability(s[m][n][e], lse_2[m][e >> 1], unit, into_cap, softcap, slope);
                     int column = key + n * 8 + (lane & 3) * 2 + (e & 1);
                     int row = tile_row + first + m * 16 + (e >> 1) * 8 + lane / 4;
                     if (masked && (column > row || column < row_begin[m][e >> 1])) p = 0.0f;
-                    s[m][n][e] = p * (dp[m][n][e] - row_delta[m][e >> 1]) * slope;
+                    s[m][n][e] = p * slope;
                 }
+        wait_products<0>();
+#pragma unroll
+        for (int m = 0; m < M; ++m)
+#pragma unroll
+            for (int n = 0; n < Q_N; ++n)
+#pragma unroll
+                for (int e = 0; e < 4; ++e) s[m][n][e] *= dp[m][n][e] - row_delta[m][e >> 1];
         u32 ds[M][Q_N / 2][4];
         to_operand(ds, s);
         begin_products();
@@ -209,16 +219,33 @@ struct KvArguments {
     const element *q, *k, *v, *d_o;
     const float *lse, *delta;
     element *dk, *dv;
+    float* partial;
     const int2* bounds;
     int tokens, heads, kv_heads, q_stride, k_stride, v_stride, do_stride, dk_stride, dv_stride;
     float scale, softcap;
-    int window, tile_row;
+    int window, tile_row, split, splits;
 };
+
+// A warp's 16 rows times `factor` to rows of `width` floats.
+__device__ __forceinline__ void store_partial(float* to, const float (&sum)[1][COLUMN_TILES][4], float factor,
+                                              long long width, int row, int rows) {
+    int lane = threadIdx.x & 31;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        int own = row + h * 8 + lane / 4;
+        if (own >= rows) continue;
+#pragma unroll
+        for (int n = 0; n < COLUMN_TILES; ++n)
+            *reinterpret_cast<float2*>(to + own * width + n * 8 + (lane & 3) * 2) =
+                make_float2(sum[0][n][2 * h] * factor, sum[0][n][2 * h + 1] * factor);
+    }
+}
 
 // dK (if DK) and dV (if DV) of KEYS rows.
 template <bool DK, bool DV>
 __device__ __forceinline__ void backward_kv(const KvArguments& a) {
-    int kv_head = blockIdx.x, group = a.heads / a.kv_heads, lane = threadIdx.x & 31;
+    int kv_head = blockIdx.x, group = a.heads / a.kv_heads / a.splits, lane = threadIdx.x & 31;
+    int first_head = (kv_head * a.splits + a.split) * group;
     int first = (threadIdx.x / 32) * 16, tokens = a.tokens, tile_row = a.tile_row;
     u32 k_tile = shared_base(), v_tile = k_tile + tile_bytes(KEYS), q_tiles = v_tile + tile_bytes(KEYS);
     u32 do_tiles = q_tiles + 2 * tile_bytes(K_QUERIES), statistics = do_tiles + 2 * tile_bytes(K_QUERIES);
@@ -236,7 +263,7 @@ __device__ __forceinline__ void backward_kv(const KvArguments& a) {
     int ends[2] = {row_end(tile_row + first + lane / 4), row_end(tile_row + first + lane / 4 + 8)};
 
     auto load_step = [&](int step) {
-        int head = kv_head * group + step / tiles, row = tile_row + step % tiles * K_QUERIES;
+        int head = first_head + step / tiles, row = tile_row + step % tiles * K_QUERIES;
         u32 buffer = (step & 1) * tile_bytes(K_QUERIES);
         load_tile<K_QUERIES, K_THREADS>(q_tiles + buffer, a.q + head * HEAD_DIM, a.q_stride, row, tokens);
         load_tile<K_QUERIES, K_THREADS>(do_tiles + buffer, a.d_o + head * HEAD_DIM, a.do_stride, row, tokens);
@@ -272,34 +299,54 @@ __device__ __forceinline__ void backward_kv(const KvArguments& a) {
         end_group();
         if constexpr (DK) product_abt<KEYS>(dp, v_tile, first, do_tiles + buffer);
         end_group();
-        wait_products<0>();
+        wait_products<1>();
         bool masked = row < unit_last || row + K_QUERIES > unit_full;
+        float slope[SOFTCAP ? K_N : 1][4];
 #pragma unroll
         for (int n = 0; n < K_N; ++n) {
             int column = n * 8 + (lane & 3) * 2;
-            float2 lse_2 = load_shared_float2(lses + column * 4), delta = load_shared_float2(deltas + column * 4);
-            lse_2.x *= LOG2_E;
-            lse_2.y *= LOG2_E;
+            float2 lse = load_shared_float2(lses + column * 4);
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
-                float slope, p = probability(s[0][n][e], e & 1 ? lse_2.y : lse_2.x, unit, into_cap, a.softcap, slope);
+                float p = probability(s[0][n][e], (e & 1 ? lse.y : lse.x) * LOG2_E, unit, into_cap, a.softcap,
+                                      slope[SOFTCAP ? n : 0][e]);
                 int query = row + column + (e & 1);
                 int key = tile_row + first + lane / 4 + (e >> 1) * 8;
-                if (masked && (query < key || query >= ends[e >> 1])) p = 0.0f;
-                s[0][n][e] = p;
-                if constexpr (DK) dp[0][n][e] = p * (dp[0][n][e] - (e & 1 ? delta.y : delta.x)) * slope;
+                s[0][n][e] = masked && (query < key || query >= ends[e >> 1]) ? 0.0f : p;
             }
         }
         u32 p[1][K_N / 2][4], ds[1][K_N / 2][4];
-        if constexpr (DV) to_operand(p, s);
-        if constexpr (DK) to_operand(ds, dp);
-        begin_products();
-        if constexpr (DV) product_pb(dv, p, do_tiles + buffer);
-        if constexpr (DK) product_pb(dk, ds, q_tiles + buffer);
+        if constexpr (DV) {
+            to_operand(p, s);
+            begin_products();
+            product_pb(dv, p, do_tiles + buffer);
+        }
         end_group();
+        if constexpr (DK) {
+            wait_products<1>();
+#pragma unroll
+            for (int n = 0; n < K_N; ++n) {
+                float2 delta = load_shared_float2(deltas + (n * 8 + (lane & 3) * 2) * 4);
+#pragma unroll
+                for (int e = 0; e < 4; ++e)
+                    dp[0][n][e] = s[0][n][e] * (dp[0][n][e] - (e & 1 ? delta.y : delta.x)) * slope[SOFTCAP ? n : 0][e];
+            }
+            to_operand(ds, dp);
+            begin_products();
+            product_pb(dk, ds, q_tiles + buffer);
+            end_group();
+        }
         wait_products<0>();
     }
 
+    if (a.splits > 1) {
+        // [2 (dK, dV), splits, tokens, kv_heads, HEAD_DIM]
+        long long width = static_cast<long long>(a.kv_heads) * HEAD_DIM, part = tokens * width;
+        float* to = a.partial + a.split * part + kv_head * HEAD_DIM;
+        if constexpr (DK) store_partial(to, dk, a.scale, width, tile_row + first, tokens);
+        if constexpr (DV) store_partial(to + a.splits * part, dv, 1.0f, width, tile_row + first, tokens);
+        return;
+    }
     float one[1][2] = {{1.0f, 1.0f}}, scale[1][2] = {{a.scale, a.scale}};
     __syncthreads();
     if constexpr (DK) store_rows<KEYS>(k_tile, first, dk, scale, a.dk + kv_head * HEAD_DIM, a.dk_stride, tile_row, tokens);
@@ -307,21 +354,45 @@ __device__ __forceinline__ void backward_kv(const KvArguments& a) {
 }
 
 // dk and dv like k and v, with their own strides. delta: of attention_backward_q. order: attention_order by key
-// tiles of KEYS rows. Grid: kv_heads x tiles x PARTS.
+// tiles of KEYS rows. splits divides heads / kv_heads; partial: f32 [2, splits, tokens, kv_heads, HEAD_DIM], not
+// touched where splits is 1. Grid: kv_heads x tiles x (PARTS splits).
 extern "C" __global__ void __launch_bounds__(K_THREADS, K_BLOCKS)
     attention_backward_kv(const element* __restrict__ q, const element* __restrict__ k,
                           const element* __restrict__ v, const element* __restrict__ d_o,
                           const float* __restrict__ lse, const float* __restrict__ delta, element* __restrict__ dk,
-                          element* __restrict__ dv, const int2* __restrict__ bounds, const int* __restrict__ order,
+                          element* __restrict__ dv, float* __restrict__ partial, const int2* __restrict__ bounds, const int* __restrict__ order,
                           int tokens, int heads, int kv_heads, int q_stride, int k_stride, int v_stride,
-                          int do_stride, int dk_stride, int dv_stride, float scale, float softcap, int window) {
-    KvArguments a = {q,        k,        v,        d_o,      lse,       delta,     dk,        dv,    bounds,  tokens, heads,
-                     kv_heads, q_stride, k_stride, v_stride, do_stride, dk_stride, dv_stride, scale, softcap, window,
-                     order[blockIdx.y] * KEYS};
+                          int do_stride, int dk_stride, int dv_stride, float scale, float softcap, int window,
+                          int splits) {
+    int split = blockIdx.z / PARTS;
+    KvArguments a = {q, k, v, d_o, lse, delta, dk, dv, partial, bounds, tokens, heads, kv_heads, q_stride, k_stride,
+                     v_stride, do_stride, dk_stride, dv_stride, scale, softcap, window, order[blockIdx.y] * KEYS,
+                     split, splits};
     if constexpr (PARTS == 1) {
         backward_kv<true, true>(a);
     } else {
-        if (blockIdx.z == 0) backward_kv<true, false>(a);
+        if (blockIdx.z % PARTS == 0) backward_kv<true, false>(a);
         else backward_kv<false, true>(a);
     }
+}
+
+// dk and dv from the f32 sums of the splits, added in order. One thread makes 4 columns; grid depth 2: dk, dv.
+extern "C" __global__ void attention_backward_reduce(const float* __restrict__ partial, element* __restrict__ dk,
+                                                     element* __restrict__ dv, int tokens, int kv_heads,
+                                                     int dk_stride, int dv_stride, int splits) {
+    int quads = kv_heads * HEAD_DIM / 4;
+    long long count = static_cast<long long>(tokens) * quads;
+    long long index = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (index >= count) return;
+    const float4* from = reinterpret_cast<const float4*>(partial) + blockIdx.z * splits * count + index;
+    float4 sum = from[0];
+    for (int split = 1; split < splits; ++split) {
+        float4 next = from[split * count];
+        sum.x += next.x;
+        sum.y += next.y;
+        sum.z += next.z;
+        sum.w += next.w;
+    }
+    element* to = (blockIdx.z ? dv : dk) + index / quads * (blockIdx.z ? dv_stride : dk_stride) + index % quads * 4;
+    *reinterpret_cast<uint2*>(to) = make_uint2(pack(sum.x, sum.y), pack(sum.z, sum.w));
 }

@@ -114,7 +114,7 @@ __device__ __forceinline__ u32 tile_offset(int row, int chunk) {
     return (chunk >> 3) * (ROWS * 128) + row * 128 + (((chunk & 7) ^ (row & 7)) << 4);
 }
 
-// 16 bytes from global to shared memory; zeros where `valid` is false (the address must be readable anyway).
+// 16 bytes from global to shared memory; zeros, and no read, where `valid` is false.
 __device__ __forceinline__ void copy_16(u32 to, const void* from, bool valid) {
 #if ARCH >= 800
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0)
@@ -149,15 +149,15 @@ __device__ __forceinline__ float2 load_shared_float2(u32 from) {
 // Starts to load rows [row, row + ROWS) of a head into a tile; rows from `rows` on read as zeros.
 template <int ROWS, int THREADS>
 __device__ __forceinline__ void load_tile(u32 tile, const element* head, long long stride, int row, int rows) {
-    constexpr int TOTAL = ROWS * CHUNKS;
+    constexpr int TOTAL = ROWS * CHUNKS, STEP = THREADS / CHUNKS;
+    static_assert(THREADS % CHUNKS == 0, "a thread keeps its column");
+    int r = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS;
+    const element* from = head + static_cast<long long>(row + r) * stride + chunk * 8;
 #pragma unroll
     for (int i = 0; i < (TOTAL + THREADS - 1) / THREADS; ++i) {
-        int index = threadIdx.x + i * THREADS;
-        if (TOTAL % THREADS != 0 && index >= TOTAL) break;
-        int r = index / CHUNKS, chunk = index % CHUNKS;
-        bool valid = row + r < rows;
-        const element* from = head + (valid ? row + r : 0) * stride + chunk * 8;
-        copy_16(tile + tile_offset<ROWS>(r, chunk), from, valid);
+        if (TOTAL % THREADS != 0 && threadIdx.x + i * THREADS >= TOTAL) break;
+        copy_16(tile + tile_offset<ROWS>(r + i * STEP, chunk), from, row + r + i * STEP < rows);
+        from += STEP * stride;
     }
 }
 

@@ -18,13 +18,9 @@
 #endif
 
 #ifdef FORWARD_WARPS
-constexpr int WARPS = FORWARD_WARPS, M = 1, KEYS = FORWARD_KEYS, BLOCKS = FORWARD_BLOCKS;
-#elif WGMMA && HEAD_DIM == 64
-constexpr int WARPS = 12, M = 1, KEYS = 128, BLOCKS = 1;
-#elif WGMMA && HEAD_DIM == 128
-constexpr int WARPS = 12, M = 1, KEYS = 128, BLOCKS = 1;
+constexpr int WARPS = FORWARD_WARPS, M = FORWARD_M, KEYS = FORWARD_KEYS, BLOCKS = FORWARD_BLOCKS;
 #elif WGMMA
-constexpr int WARPS = 8, M = 1, KEYS = 64, BLOCKS = 1;
+constexpr int WARPS = 8, M = 1, KEYS = HEAD_DIM == 256 ? 64 : 128, BLOCKS = 1;
 #elif HEAD_DIM == 64
 constexpr int WARPS = 4, M = 2, KEYS = 64, BLOCKS = 2;
 #elif HEAD_DIM == 128 && SHARED_KIB > 64
@@ -37,8 +33,6 @@ constexpr int WARPS = 4, M = 1, KEYS = 32, BLOCKS = 2;
 constexpr int WARPS = 2, M = 1, KEYS = 16, BLOCKS = 1;
 #endif
 constexpr int THREADS = WARPS * 32, QUERIES = WARPS * M * 16, N = KEYS / 8;
-// Rows that skip a tile together: a warp's, or with wgmma a warpgroup's.
-constexpr int UNIT = WGMMA ? 64 : M * 16;
 constexpr int SHARED_BYTES = tile_bytes(QUERIES) + 4 * tile_bytes(KEYS) + 1024;
 
 // What the host reads to launch: rows of a block, threads, dynamic shared bytes, grid depth.
@@ -46,10 +40,10 @@ extern "C" __constant__ int attention_forward_launch[4] = {QUERIES, THREADS, SHA
 
 #define MINUS_INFINITY __int_as_float(0xff800000)
 
-// Scores of one tile become probabilities relative to the running maximum. `maximum` and `sum` are in units of
-// the score; `unit` times a score is its base-2 exponent.
-__device__ __forceinline__ void softmax_step(float (&s)[M][N][4], float (&o)[M][COLUMN_TILES][4],
-                                             float (&maximum)[M][2], float (&sum)[M][2], float unit) {
+// Scores of one tile become probabilities relative to the running maximum; `shrink` is what earlier tiles'
+// probabilities are to be multiplied by. `unit` times a score is its base-2 exponent.
+__device__ __forceinline__ void softmax_step(float (&s)[M][N][4], float (&maximum)[M][2], float (&sum)[M][2],
+                                             float (&shrink)[M][2], float unit) {
 #pragma unroll
     for (int m = 0; m < M; ++m)
 #pragma unroll
@@ -61,7 +55,7 @@ __device__ __forceinline__ void softmax_step(float (&s)[M][N][4], float (&o)[M][
             next = fmaxf(next, __shfl_xor_sync(0xffffffff, next, 2));
             // A row that has seen no key yet: any finite reference keeps exp2(-inf - reference) at 0.
             float reference = next == MINUS_INFINITY ? 0.0f : next * unit;
-            float shrink = exp2_fast(maximum[m][h] * unit - reference);
+            shrink[m][h] = exp2_fast(maximum[m][h] * unit - reference);
             maximum[m][h] = next;
             float partial = 0.0f;
 #pragma unroll
@@ -71,13 +65,17 @@ __device__ __forceinline__ void softmax_step(float (&s)[M][N][4], float (&o)[M][
                     s[m][n][e] = exp2_fast(s[m][n][e] * unit - reference);
                     partial += s[m][n][e];
                 }
-            sum[m][h] = sum[m][h] * shrink + partial;
-#pragma unroll
-            for (int n = 0; n < COLUMN_TILES; ++n) {
-                o[m][n][2 * h] *= shrink;
-                o[m][n][2 * h + 1] *= shrink;
-            }
+            sum[m][h] = sum[m][h] * shrink[m][h] + partial;
         }
+}
+
+__device__ __forceinline__ void rescale(float (&o)[M][COLUMN_TILES][4], const float (&shrink)[M][2]) {
+#pragma unroll
+    for (int m = 0; m < M; ++m)
+#pragma unroll
+        for (int n = 0; n < COLUMN_TILES; ++n)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) o[m][n][e] *= shrink[m][e >> 1];
 }
 
 // q [tokens, heads, HEAD_DIM], k and v [tokens, kv_heads, HEAD_DIM], o like q, with row strides in elements;
@@ -102,8 +100,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     };
     int last_row = min(tile_row + QUERIES, tokens) - 1;
     int begin = first_key(tile_row), tiles = (last_row - begin) / KEYS + 1;
-    int unit_row = tile_row + first / UNIT * UNIT, unit_last = min(unit_row + UNIT, tokens) - 1;
-    int unit_begin = first_key(unit_row), unit_full = first_key(unit_last);
     int row_begin[M][2];
 #pragma unroll
     for (int m = 0; m < M; ++m)
@@ -120,23 +116,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     }
     float unit = SOFTCAP ? LOG2_E : scale * LOG2_E;
 
-    load_tile<QUERIES, THREADS>(q_tile, q, q_stride, tile_row, tokens);
-    load_tile<KEYS, THREADS>(k_tiles, k, k_stride, begin, tokens);
-    load_tile<KEYS, THREADS>(v_tiles, v, v_stride, begin, tokens);
-    for (int tile = 0; tile < tiles; ++tile) {
-        wait_for_loads();
-        int key = begin + tile * KEYS, now = (tile & 1) * tile_bytes(KEYS), next = tile_bytes(KEYS) - now;
-        if (tile + 1 < tiles) {
-            load_tile<KEYS, THREADS>(k_tiles + next, k, k_stride, key + KEYS, tokens);
-            load_tile<KEYS, THREADS>(v_tiles + next, v, v_stride, key + KEYS, tokens);
-        }
-        if (key > unit_last || key + KEYS <= unit_begin) continue;
-
-        float s[M][N][4];
-        begin_products();
-        product_abt<QUERIES>(s, q_tile, first, k_tiles + now);
-        end_group();
-        wait_products<0>();
+    auto load_keys = [&](int tile) {
+        load_tile<KEYS, THREADS>(k_tiles + (tile & 1) * tile_bytes(KEYS), k, k_stride, begin + tile * KEYS, tokens);
+    };
+    auto load_values = [&](int tile) {
+        load_tile<KEYS, THREADS>(v_tiles + (tile & 1) * tile_bytes(KEYS), v, v_stride, begin + tile * KEYS, tokens);
+    };
+    // Softcap and mask of the scores of a tile whose rows start at `low` and all see the keys from `full` to `low`.
+    auto finish_scores = [&](float(&s)[M][N][4], int key, int low, int full) {
 #if SOFTCAP
 #pragma unroll
         for (int m = 0; m < M; ++m)
@@ -145,26 +132,79 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #pragma unroll
                 for (int e = 0; e < 4; ++e) s[m][n][e] = softcap * tanh_fast(s[m][n][e] * (scale / softcap));
 #endif
-        if (key < unit_full || key + KEYS - 1 > unit_row) {
+        if (key >= full && key + KEYS - 1 <= low) return;
 #pragma unroll
-            for (int m = 0; m < M; ++m)
+        for (int m = 0; m < M; ++m)
 #pragma unroll
-                for (int n = 0; n < N; ++n)
+            for (int n = 0; n < N; ++n)
 #pragma unroll
-                    for (int e = 0; e < 4; ++e) {
-                        int column = key + n * 8 + (lane & 3) * 2 + (e & 1);
-                        int row = tile_row + first + m * 16 + (e >> 1) * 8 + lane / 4;
-                        if (column > row || column < row_begin[m][e >> 1]) s[m][n][e] = MINUS_INFINITY;
-                    }
-        }
-        softmax_step(s, out, maximum, sum, unit);
-        u32 p[M][N / 2][4];
-        to_operand(p, s);
+                for (int e = 0; e < 4; ++e) {
+                    int column = key + n * 8 + (lane & 3) * 2 + (e & 1);
+                    int row = tile_row + first + m * 16 + (e >> 1) * 8 + lane / 4;
+                    if (column > row || column < row_begin[m][e >> 1]) s[m][n][e] = MINUS_INFINITY;
+                }
+    };
+
+    load_tile<QUERIES, THREADS>(q_tile, q, q_stride, tile_row, tokens);
+    load_keys(0);
+    float s[M][N][4], shrink[M][2];
+    u32 p[M][N / 2][4];
+#if WGMMA
+    // The scores of tile t + 1 are made before the values of tile t are added, so that the tensor cores have work
+    // during the softmax. Every warpgroup takes every tile of the block: branches would serialise the products.
+    int group_row = tile_row + first / 64 * 64, group_full = first_key(min(group_row + 63, tokens - 1));
+    wait_for_loads();
+    load_values(0);
+    if (tiles > 1) load_keys(1);
+    begin_products();
+    product_abt<QUERIES>(s, q_tile, first, k_tiles);
+    end_group();
+    wait_products<0>();
+    finish_scores(s, begin, group_row, group_full);
+    softmax_step(s, maximum, sum, shrink, unit);
+    to_operand(p, s);
+    for (int tile = 0; tile + 1 < tiles; ++tile) {
+        wait_for_loads();
+        load_values(tile + 1);
+        if (tile + 2 < tiles) load_keys(tile + 2);
         begin_products();
-        product_pb(out, p, v_tiles + now);
+        product_abt<QUERIES>(s, q_tile, first, k_tiles + (~tile & 1) * tile_bytes(KEYS));
         end_group();
+        product_pb(out, p, v_tiles + (tile & 1) * tile_bytes(KEYS));
+        end_group();
+        wait_products<1>();
+        finish_scores(s, begin + (tile + 1) * KEYS, group_row, group_full);
+        softmax_step(s, maximum, sum, shrink, unit);
         wait_products<0>();
+        rescale(out, shrink);
+        to_operand(p, s);
     }
+    wait_for_loads();
+    begin_products();
+    product_pb(out, p, v_tiles + (~tiles & 1) * tile_bytes(KEYS));
+    end_group();
+    wait_products<0>();
+#else
+    // A warp skips the tiles that none of its rows sees.
+    int warp_row = tile_row + first, warp_last = min(warp_row + M * 16, tokens) - 1;
+    int warp_begin = first_key(warp_row), warp_full = first_key(warp_last);
+    load_values(0);
+    for (int tile = 0; tile < tiles; ++tile) {
+        wait_for_loads();
+        int key = begin + tile * KEYS, now = (tile & 1) * tile_bytes(KEYS);
+        if (tile + 1 < tiles) {
+            load_keys(tile + 1);
+            load_values(tile + 1);
+        }
+        if (key > warp_last || key + KEYS <= warp_begin) continue;
+        product_abt<QUERIES>(s, q_tile, first, k_tiles + now);
+        finish_scores(s, key, warp_row, warp_full);
+        softmax_step(s, maximum, sum, shrink, unit);
+        rescale(out, shrink);
+        to_operand(p, s);
+        product_pb(out, p, v_tiles + now);
+    }
+#endif
 
     float inverse[M][2];
 #pragma unroll
