@@ -8,12 +8,13 @@
 // also makes delta. attention_backward_kv: a block owns KEYS rows of one kv head, and Q and dO of all query heads
 // of the group pass by, so that GQA needs no reduction afterwards. It works on transposed scores (keys as rows):
 // P and dS then are in the registers of the warp that adds them to dV and dK. Few kv heads make few blocks, so
-// blockIdx.z may split the group: each split writes f32 sums, and attention_backward_reduce adds them in order.
+// the grid may split the group: each split writes f32 sums, and attention_backward_reduce adds them in order.
 // S and dP are computed in both
 // kernels: 7 products instead of 5, which costs less than summing partial dQ in a fixed order through memory.
 //
 // Tile sizes: as in attention_forward.cu. dK and dV take 4 HEAD_DIM bytes of registers a row and lane pair, so a
-// warp owns 16 keys; at HEAD_DIM 256 not both fit, and two blocks make dV and dK.
+// warp owns 16 keys; at HEAD_DIM 256 not both fit, and two kernels, attention_backward_k
+// and attention_backward_v, take the place of attention_backward_kv.
 #ifndef ATTENTION_COMMON
 #include "attention_common.cuh"
 #endif
@@ -66,12 +67,11 @@ constexpr int K_WARPS = 1, K_QUERIES = 16, K_BLOCKS = 1;
 #endif
 constexpr int K_THREADS = K_WARPS * 32, KEYS = K_WARPS * 16, K_N = K_QUERIES / 8;
 constexpr int K_UNIT = WGMMA ? 64 : 16;
-constexpr int PARTS = HEAD_DIM == 256 ? 2 : 1;
 constexpr int K_SHARED_BYTES = 2 * tile_bytes(KEYS) + 4 * tile_bytes(K_QUERIES) + 4 * K_QUERIES * 4 + 1024;
 
-// What the host reads to launch: rows of a block, threads, dynamic shared bytes, grid depth.
+// What the host reads to launch: rows of a block, threads, dynamic shared bytes, kernels to launch (2: _k and _v).
 extern "C" __constant__ int attention_backward_q_launch[4] = {QUERIES, Q_THREADS, Q_SHARED_BYTES, 1};
-extern "C" __constant__ int attention_backward_kv_launch[4] = {KEYS, K_THREADS, K_SHARED_BYTES, PARTS};
+extern "C" __constant__ int attention_backward_kv_launch[4] = {KEYS, K_THREADS, K_SHARED_BYTES, HEAD_DIM == 256 ? 2 : 1};
 
 // One score and its two gradients' factor: p, and d(score after softcap) / d(score before).
 __device__ __forceinline__ float probability(float score, float lse_2, float unit, float into_cap, float softcap,
@@ -223,7 +223,7 @@ struct KvArguments {
     const int2* bounds;
     int tokens, heads, kv_heads, q_stride, k_stride, v_stride, do_stride, dk_stride, dv_stride;
     float scale, softcap;
-    int window, tile_row, split, splits;
+    int window, splits, tile_row;
 };
 
 // A warp's 16 rows times `factor` to rows of `width` floats.
@@ -244,8 +244,8 @@ __device__ __forceinline__ void store_partial(float* to, const float (&sum)[1][C
 // dK (if DK) and dV (if DV) of KEYS rows.
 template <bool DK, bool DV>
 __device__ __forceinline__ void backward_kv(const KvArguments& a) {
-    int kv_head = blockIdx.x, group = a.heads / a.kv_heads / a.splits, lane = threadIdx.x & 31;
-    int first_head = (kv_head * a.splits + a.split) * group;
+    int kv_head = blockIdx.x / a.splits, split = blockIdx.x % a.splits, lane = threadIdx.x & 31;
+    int group = a.heads / a.kv_heads / a.splits, first_head = blockIdx.x * group;
     int first = (threadIdx.x / 32) * 16, tokens = a.tokens, tile_row = a.tile_row;
     u32 k_tile = shared_base(), v_tile = k_tile + tile_bytes(KEYS), q_tiles = v_tile + tile_bytes(KEYS);
     u32 do_tiles = q_tiles + 2 * tile_bytes(K_QUERIES), statistics = do_tiles + 2 * tile_bytes(K_QUERIES);
@@ -297,9 +297,11 @@ __device__ __forceinline__ void backward_kv(const KvArguments& a) {
         begin_products();
         product_abt<KEYS>(s, k_tile, first, q_tiles + buffer);
         end_group();
-        if constexpr (DK) product_abt<KEYS>(dp, v_tile, first, do_tiles + buffer);
-        end_group();
-        wait_products<1>();
+        if constexpr (DK) {
+            product_abt<KEYS>(dp, v_tile, first, do_tiles + buffer);
+            end_group();
+        }
+        wait_products<DK ? 1 : 0>();
         bool masked = row < unit_last || row + K_QUERIES > unit_full;
         float slope[SOFTCAP ? K_N : 1][4];
 #pragma unroll
@@ -320,10 +322,10 @@ __device__ __forceinline__ void backward_kv(const KvArguments& a) {
             to_operand(p, s);
             begin_products();
             product_pb(dv, p, do_tiles + buffer);
+            end_group();
         }
-        end_group();
         if constexpr (DK) {
-            wait_products<1>();
+            wait_products<DV ? 1 : 0>();
 #pragma unroll
             for (int n = 0; n < K_N; ++n) {
                 float2 delta = load_shared_float2(deltas + (n * 8 + (lane & 3) * 2) * 4);
@@ -342,7 +344,7 @@ __device__ __forceinline__ void backward_kv(const KvArguments& a) {
     if (a.splits > 1) {
         // [2 (dK, dV), splits, tokens, kv_heads, HEAD_DIM]
         long long width = static_cast<long long>(a.kv_heads) * HEAD_DIM, part = tokens * width;
-        float* to = a.partial + a.split * part + kv_head * HEAD_DIM;
+        float* to = a.partial + split * part + kv_head * HEAD_DIM;
         if constexpr (DK) store_partial(to, dk, a.scale, width, tile_row + first, tokens);
         if constexpr (DV) store_partial(to + a.splits * part, dv, 1.0f, width, tile_row + first, tokens);
         return;
@@ -355,26 +357,26 @@ __device__ __forceinline__ void backward_kv(const KvArguments& a) {
 
 // dk and dv like k and v, with their own strides. delta: of attention_backward_q. order: attention_order by key
 // tiles of KEYS rows. splits divides heads / kv_heads; partial: f32 [2, splits, tokens, kv_heads, HEAD_DIM], not
-// touched where splits is 1. Grid: kv_heads x tiles x (PARTS splits).
-extern "C" __global__ void __launch_bounds__(K_THREADS, K_BLOCKS)
-    attention_backward_kv(const element* __restrict__ q, const element* __restrict__ k,
-                          const element* __restrict__ v, const element* __restrict__ d_o,
-                          const float* __restrict__ lse, const float* __restrict__ delta, element* __restrict__ dk,
-                          element* __restrict__ dv, float* __restrict__ partial, const int2* __restrict__ bounds, const int* __restrict__ order,
-                          int tokens, int heads, int kv_heads, int q_stride, int k_stride, int v_stride,
-                          int do_stride, int dk_stride, int dv_stride, float scale, float softcap, int window,
-                          int splits) {
-    int split = blockIdx.z / PARTS;
-    KvArguments a = {q, k, v, d_o, lse, delta, dk, dv, partial, bounds, tokens, heads, kv_heads, q_stride, k_stride,
-                     v_stride, do_stride, dk_stride, dv_stride, scale, softcap, window, order[blockIdx.y] * KEYS,
-                     split, splits};
-    if constexpr (PARTS == 1) {
-        backward_kv<true, true>(a);
-    } else {
-        if (blockIdx.z % PARTS == 0) backward_kv<true, false>(a);
-        else backward_kv<false, true>(a);
+// touched where splits is 1. Grid: (kv_heads splits) x tiles.
+#define KV_KERNEL(name, with_dk, with_dv)                                                                             \
+    extern "C" __global__ void __launch_bounds__(K_THREADS, K_BLOCKS)                                                 \
+        name(const element* __restrict__ q, const element* __restrict__ k, const element* __restrict__ v,             \
+             const element* __restrict__ d_o, const float* __restrict__ lse, const float* __restrict__ delta,         \
+             element* __restrict__ dk, element* __restrict__ dv, float* __restrict__ partial,                         \
+             const int2* __restrict__ bounds, const int* __restrict__ order, int tokens, int heads, int kv_heads,     \
+             int q_stride, int k_stride, int v_stride, int do_stride, int dk_stride, int dv_stride, float scale,      \
+             float softcap, int window, int splits) {                                                                 \
+        KvArguments a = {q,      k,     v,        d_o,      lse,      delta,    dk,        dv,        partial,         \
+                         bounds, tokens, heads,   kv_heads, q_stride, k_stride, v_stride,  do_stride, dk_stride,       \
+                         dv_stride, scale, softcap, window, splits,   order[blockIdx.y] * KEYS};                       \
+        backward_kv<with_dk, with_dv>(a);                                                                             \
     }
-}
+#if HEAD_DIM == 256
+KV_KERNEL(attention_backward_k, true, false)
+KV_KERNEL(attention_backward_v, false, true)
+#else
+KV_KERNEL(attention_backward_kv, true, true)
+#endif
 
 // dk and dv from the f32 sums of the splits, added in order. One thread makes 4 columns; grid depth 2: dk, dv.
 extern "C" __global__ void attention_backward_reduce(const float* __restrict__ partial, element* __restrict__ dk,

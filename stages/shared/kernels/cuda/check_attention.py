@@ -83,8 +83,8 @@ class Attention:
         return bounds, orders
 
     def run(self, module, name, heads, order, *arguments):
-        _, threads, shared, depth = self.size[name]
-        module.launch(name, (heads, order.numel(), depth), threads, shared, *arguments)
+        _, threads, shared, _ = self.size[name]
+        module.launch(name, (heads, order.numel(), 1), threads, shared, *arguments)
 
     def forward(self, q, k, v, o, lse, plan, heads, kv_heads, scale, cap, window):
         bounds, orders = plan
@@ -100,17 +100,19 @@ class Attention:
 
     def splits(self, tokens, heads, kv_heads):
         """Parts of a group, so that the blocks fill the device about twice."""
-        rows, _, _, parts = self.size["attention_backward_kv"]
-        group, blocks = heads // kv_heads, kv_heads * ((tokens + rows - 1) // rows) * parts
+        rows = self.size["attention_backward_kv"][0]
+        group, blocks = heads // kv_heads, kv_heads * ((tokens + rows - 1) // rows)
         return next(s for s in range(1, group + 1) if group % s == 0 and (s == group or s * blocks >= 500))
 
     def backward_kv(self, q, k, v, do, lse, delta, dk, dv, partial, splits, plan, heads, kv_heads, scale, cap, window):
         bounds, orders = plan
         order = orders["attention_backward_kv"]
-        _, threads, shared, parts = self.size["attention_backward_kv"]
-        self.b.launch("attention_backward_kv", (kv_heads, order.numel(), parts * splits), threads, shared, q, k, v, do,
-                      lse, delta, dk, dv, partial, bounds, order, q.shape[0], heads, kv_heads,
-                      *[t.stride(0) for t in (q, k, v, do, dk, dv)], scale, cap, window, splits)
+        names = ["attention_backward_kv"] if self.size["attention_backward_kv"][3] == 1 else ["attention_backward_k", "attention_backward_v"]
+        _, threads, shared, _ = self.size["attention_backward_kv"]
+        for name in names:
+            self.b.launch(name, (kv_heads * splits, order.numel(), 1), threads, shared, q, k, v, do, lse, delta, dk, dv,
+                          partial, bounds, order, q.shape[0], heads, kv_heads,
+                          *[t.stride(0) for t in (q, k, v, do, dk, dv)], scale, cap, window, splits)
         if splits > 1:
             quads = q.shape[0] * kv_heads * self.dim // 4
             self.b.launch("attention_backward_reduce", ((quads + 255) // 256, 1, 2), 256, 0, partial, dk, dv, q.shape[0],
