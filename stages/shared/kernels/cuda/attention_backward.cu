@@ -25,7 +25,7 @@ constexpr int Q_WARPS = Q_CONFIG, M = 1, Q_KEYS = Q_CONFIG_KEYS, Q_BLOCKS = Q_CO
 #elif WGMMA && HEAD_DIM == 256
 constexpr int Q_WARPS = 4, M = 1, Q_KEYS = 64, Q_BLOCKS = 1;
 #elif WGMMA
-constexpr int Q_WARPS = 4, M = 1, Q_KEYS = 64, Q_BLOCKS = 2;
+constexpr int Q_WARPS = 4, M = 1, Q_KEYS = HEAD_DIM == 64 ? 128 : 64, Q_BLOCKS = 2;
 #elif HEAD_DIM == 64 && SHARED_KIB > 64
 constexpr int Q_WARPS = 4, M = 2, Q_KEYS = 64, Q_BLOCKS = 2;
 #elif HEAD_DIM == 64
@@ -51,7 +51,7 @@ constexpr int K_WARPS = K_CONFIG, K_QUERIES = K_CONFIG_QUERIES, K_BLOCKS = K_CON
 #elif WGMMA && HEAD_DIM == 256
 constexpr int K_WARPS = 4, K_QUERIES = 64, K_BLOCKS = 1;
 #elif WGMMA
-constexpr int K_WARPS = 4, K_QUERIES = 64, K_BLOCKS = 2;
+constexpr int K_WARPS = 4, K_QUERIES = HEAD_DIM == 64 ? 128 : 64, K_BLOCKS = 2;
 #elif HEAD_DIM == 64
 constexpr int K_WARPS = 4, K_QUERIES = SHARED_KIB > 64 ? 64 : 32, K_BLOCKS = SHARED_KIB > 64 ? 2 : 1;
 #elif HEAD_DIM == 128 && SHARED_KIB > 64
@@ -68,6 +68,8 @@ constexpr int K_WARPS = 1, K_QUERIES = 16, K_BLOCKS = 1;
 constexpr int K_THREADS = K_WARPS * 32, KEYS = K_WARPS * 16, K_N = K_QUERIES / 8;
 constexpr int K_UNIT = WGMMA ? 64 : 16;
 constexpr int K_SHARED_BYTES = 2 * tile_bytes(KEYS) + 4 * tile_bytes(K_QUERIES) + 4 * K_QUERIES * 4 + 1024;
+
+static_assert(Q_SHARED_BYTES <= SHARED_KIB * 1024 && K_SHARED_BYTES <= SHARED_KIB * 1024, "tiles exceed shared memory");
 
 // What the host reads to launch: rows of a block, threads, dynamic shared bytes, kernels to launch (2: _k and _v).
 extern "C" __constant__ int attention_backward_q_launch[4] = {QUERIES, Q_THREADS, Q_SHARED_BYTES, 1};

@@ -4,7 +4,8 @@
 //   HEAD_DIM  64, 128 or 256
 //   SOFTCAP   0 or 1: scores become softcap * tanh(score / softcap) (Gemma 2)
 //   F16       1: elements are f16 (needed below sm_80), otherwise bf16
-//   NO_WGMMA  1: use mma.sync on sm_90a too
+//   NO_WGMMA  defined: use mma.sync on sm_90a too
+//   ARCH      the architecture whose instructions and tile sizes are used, in place of __CUDA_ARCH__
 //
 // A host that compiles without an include path puts this text before that of a kernel file.
 //
@@ -42,9 +43,7 @@
 #define WGMMA 0
 #endif
 
-#if !defined(__CUDA_ARCH__)
-#define ARCH 0
-#else
+#ifndef ARCH
 #define ARCH __CUDA_ARCH__
 #endif
 

@@ -12,13 +12,19 @@
 //
 // Tile sizes. M = 2 lets each K and V fragment read from shared memory serve 32 rows (with 16, mma.sync waits for
 // shared memory); HEAD_DIM 256 has registers for 16 rows only. Two blocks a multiprocessor hide each other's
-// softmax. wgmma reads shared memory itself, so there larger blocks share each K and V tile.
+// softmax; with wgmma, two or three blocks of one warpgroup did better on an H100 than one block of two or three,
+// whose warpgroups meet at every tile (0.089 against 0.095 ms at b2 h16 s2048 d128) or, without meeting, share
+// the start and the end of the block (0.094).
 #ifndef ATTENTION_COMMON
 #include "attention_common.cuh"
 #endif
 
 #ifdef FORWARD_WARPS
 constexpr int WARPS = FORWARD_WARPS, M = FORWARD_M, KEYS = FORWARD_KEYS, BLOCKS = FORWARD_BLOCKS;
+#elif WGMMA && HEAD_DIM == 64
+constexpr int WARPS = 4, M = 1, KEYS = 128, BLOCKS = 3;
+#elif WGMMA && HEAD_DIM == 128
+constexpr int WARPS = 4, M = 1, KEYS = 64, BLOCKS = 2;
 #elif WGMMA
 constexpr int WARPS = 8, M = 1, KEYS = 64, BLOCKS = 1;
 #elif HEAD_DIM == 64
@@ -33,13 +39,8 @@ constexpr int WARPS = 4, M = 1, KEYS = 32, BLOCKS = 2;
 constexpr int WARPS = 2, M = 1, KEYS = 16, BLOCKS = 1;
 #endif
 constexpr int THREADS = WARPS * 32, QUERIES = WARPS * M * 16, N = KEYS / 8;
-// Tiles of K and of V in shared memory. With five, warpgroups need not run in step.
-#ifdef FORWARD_SLOTS
-constexpr int SLOTS = FORWARD_SLOTS;
-#else
-constexpr int SLOTS = WGMMA && HEAD_DIM < 256 ? 5 : 2;
-#endif
-constexpr int SHARED_BYTES = tile_bytes(QUERIES) + SLOTS * (2 * tile_bytes(KEYS) + 16) + 1024;
+constexpr int SHARED_BYTES = tile_bytes(QUERIES) + 4 * tile_bytes(KEYS) + 1024;
+static_assert(SHARED_BYTES <= SHARED_KIB * 1024, "tiles exceed shared memory");
 
 // What the host reads to launch: rows of a block, threads, dynamic shared bytes, kernels to launch.
 extern "C" __constant__ int attention_forward_launch[4] = {QUERIES, THREADS, SHARED_BYTES, 1};
@@ -76,6 +77,12 @@ __device__ __forceinline__ void softmax_step(float (&s)[M][N][4], float (&maximu
 }
 
 __device__ __forceinline__ void rescale(float (&o)[M][COLUMN_TILES][4], const float (&shrink)[M][2]) {
+#ifdef LAZY
+    bool changed = false;
+#pragma unroll
+    for (int m = 0; m < M; ++m) changed |= shrink[m][0] != 1.0f || shrink[m][1] != 1.0f;
+    if (!__any_sync(0xffffffff, changed)) return;
+#endif
 #pragma unroll
     for (int m = 0; m < M; ++m)
 #pragma unroll
@@ -98,7 +105,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     o += head * HEAD_DIM;
     k += kv_head * HEAD_DIM;
     v += kv_head * HEAD_DIM;
-    u32 q_tile = shared_base(), k_tiles = q_tile + tile_bytes(QUERIES), v_tiles = k_tiles + SLOTS * tile_bytes(KEYS);
+    u32 q_tile = shared_base(), k_tiles = q_tile + tile_bytes(QUERIES), v_tiles = k_tiles + 2 * tile_bytes(KEYS);
 
     auto first_key = [&](int row) {
         int start = bounds[min(row, tokens - 1)].x;
@@ -123,10 +130,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     float unit = SOFTCAP ? LOG2_E : scale * LOG2_E;
 
     auto load_keys = [&](int tile) {
-        load_tile<KEYS, THREADS>(k_tiles + tile % SLOTS * tile_bytes(KEYS), k, k_stride, begin + tile * KEYS, tokens);
+        load_tile<KEYS, THREADS>(k_tiles + (tile & 1) * tile_bytes(KEYS), k, k_stride, begin + tile * KEYS, tokens);
     };
     auto load_values = [&](int tile) {
-        load_tile<KEYS, THREADS>(v_tiles + tile % SLOTS * tile_bytes(KEYS), v, v_stride, begin + tile * KEYS, tokens);
+        load_tile<KEYS, THREADS>(v_tiles + (tile & 1) * tile_bytes(KEYS), v, v_stride, begin + tile * KEYS, tokens);
     };
     // Softcap and mask of the scores of a tile whose rows start at `low` and all see the keys from `full` to `low`.
     auto finish_scores = [&](float(&s)[M][N][4], int key, int low, int full) {
@@ -154,84 +161,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     float s[M][N][4], shrink[M][2];
     u32 p[M][N / 2][4];
 #if WGMMA
-    int group_row = tile_row + first / 64 * 64, group_last = min(group_row + 63, tokens - 1);
-    int group_full = first_key(group_last);
-#endif
-#if WGMMA && HEAD_DIM < 256
     // The scores of tile t + 1 are made before the values of tile t are added, so that the tensor cores have work
-    // during the softmax. Warpgroups drift apart, so that the softmax of one runs beside the products
-    // of the other: instead of meeting at every tile, they tell each other through barriers that their half of a tile is
-    // loaded (`full`) and that a tile is used up (`empty`). A tile is asked for three tiles ahead, and announced
-    // one tile before its use, so that one warpgroup may be a tile behind without holding up the other.
-    u32 full = v_tiles + SLOTS * tile_bytes(KEYS), empty = full + SLOTS * 8;
-    if (threadIdx.x < 2 * SLOTS) barrier_init(full + threadIdx.x * 8, WARPS);
-    load_tile<QUERIES, THREADS>(q_tile, q, q_stride, tile_row, tokens);
-    load_keys(0);
-    load_values(0);
-    asm volatile("cp.async.commit_group;" ::: "memory");
-    for (int tile = 1; tile < 3 && tile < tiles; ++tile) {
-        load_keys(tile);
-        load_values(tile);
-    }
-    asm volatile("cp.async.commit_group; cp.async.wait_group 1; fence.proxy.async.shared::cta;" ::: "memory");
-    __syncthreads();
-    if (lane == 0) barrier_arrive(full);
-
-    int own_tiles = __shfl_sync(0xffffffff, group_row < tokens ? (group_last - begin) / KEYS + 1 : 1, 0);
-    auto announce_and_ask = [&](int tile) {
-        asm volatile("cp.async.wait_all; fence.proxy.async.shared::cta;" ::: "memory");
-        __syncwarp();
-        if (lane == 0) {
-            if (tile == 0 && tiles > 1) barrier_arrive(full + 8);
-            if (tile + 2 < tiles) barrier_arrive(full + (tile + 2) % SLOTS * 8);
-        }
-        int ask = tile + 3;
-        if (ask >= tiles) return;
-        if (ask >= SLOTS) barrier_wait(empty + ask % SLOTS * 8, (ask / SLOTS - 1) & 1);
-        load_keys(ask);
-        load_values(ask);
-    };
-    auto release = [&](int tile) {
-        __syncwarp();
-        if (lane == 0) barrier_arrive(empty + tile % SLOTS * 8);
-    };
-    begin_products();
-    product_abt<QUERIES>(s, q_tile, first, k_tiles);
-    end_group();
-    wait_products<0>();
-    finish_scores(s, begin, group_row, group_full);
-    softmax_step(s, maximum, sum, shrink, unit);
-    to_operand(p, s);
-    for (int tile = 0; tile + 1 < own_tiles; ++tile) {
-        int next = (tile + 1) % SLOTS;
-        announce_and_ask(tile);
-        barrier_wait(full + next * 8, (tile + 1) / SLOTS & 1);
-        begin_products();
-        product_abt<QUERIES>(s, q_tile, first, k_tiles + next * tile_bytes(KEYS));
-        end_group();
-        product_pb(out, p, v_tiles + tile % SLOTS * tile_bytes(KEYS));
-        end_group();
-        wait_products<1>();
-        finish_scores(s, begin + (tile + 1) * KEYS, group_row, group_full);
-        softmax_step(s, maximum, sum, shrink, unit);
-        wait_products<0>();
-        release(tile);
-        rescale(out, shrink);
-        to_operand(p, s);
-    }
-    announce_and_ask(own_tiles - 1);
-    begin_products();
-    product_pb(out, p, v_tiles + (own_tiles - 1) % SLOTS * tile_bytes(KEYS));
-    end_group();
-    wait_products<0>();
-    release(own_tiles - 1);
-    // Tiles of the other warpgroup alone.
-    for (int tile = own_tiles; tile < tiles; ++tile) {
-        announce_and_ask(tile);
-        release(tile);
-    }
-#elif WGMMA
-    // The same order; two slots only, so warpgroups meet at every tile, and each takes every tile of the block.
+    // during the softmax. Every warpgroup takes every tile of the block: branches would serialise the products.
+    int group_row = tile_row + first / 64 * 64, group_full = first_key(min(group_row + 63, tokens - 1));
     load_tile<QUERIES, THREADS>(q_tile, q, q_stride, tile_row, tokens);
     load_keys(0);
     wait_for_loads();

@@ -70,20 +70,6 @@ __device__ __forceinline__ void wait_products() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 
-// Barriers in shared memory that warps arrive at and wait for separately.
-__device__ __forceinline__ void barrier_init(u32 barrier, int arrivals) {
-    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-}
-__device__ __forceinline__ void barrier_arrive(u32 barrier) {
-    asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-__device__ __forceinline__ void barrier_wait(u32 barrier, int parity) {
-    asm volatile("{ .reg .pred done; again_%=: mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 done, [%0], %1;"
-                 " @!done bra again_%=; }" ::"r"(barrier),
-                 "r"(parity)
-                 : "memory");
-}
-
 // C = A Bt. A: the warpgroup's 64 rows of a tile of A_ROWS rows, B: a tile of 8 N rows.
 template <int A_ROWS, int M, int N>
 __device__ __forceinline__ void product_abt(float (&c)[M][N][4], u32 a_tile, int first, u32 b_tile) {

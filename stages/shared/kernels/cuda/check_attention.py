@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Checks the attention kernels against float64 and times them against PyTorch, on a GPU.
 
-    python compile.py --out cubins --only sm_90        (any machine)
-    python check_attention.py --cubins cubins --architectures sm_90,sm_90a [--time]
+    python compile.py --out cubins --only 'sm_90|turing|f16'    (any machine)
+    python check_attention.py --cubins cubins --architectures sm_90,sm_90a,turing,f16 [--time]
 
 An architecture may name a folder of cubins made with other -D settings: sm_90a@VARIANT reads cubins/VARIANT, and
 shapes that the variant was not compiled for are left out of the timing.
@@ -66,7 +66,7 @@ class Attention:
         self.f = Module(os.path.join(folder, f"attention_forward-{tail}.cubin"))
         self.b = Module(os.path.join(folder, f"attention_backward-{tail}.cubin"))
         self.s = Module(os.path.join(folder, f"attention_segments-{architecture}.cubin"))
-        self.dim, self.dtype = dim, torch.float16 if architecture == "sm_75" else torch.bfloat16
+        self.dim, self.dtype = dim, torch.float16 if architecture in ("turing", "f16") else torch.bfloat16
         self.size = {"attention_forward": self.f.sizes("attention_forward")}
         for name in ("attention_backward_q", "attention_backward_kv"):
             self.size[name] = self.b.sizes(name)
@@ -286,7 +286,7 @@ def main():
     parser.add_argument("--cubins", required=True)
     parser.add_argument("--architectures", default="sm_90,sm_90a")
     parser.add_argument("--time-only", help="architectures to time (default: the same)")
-    parser.add_argument("--dims", default="64,128,256")
+    parser.add_argument("--dims", default="64,128,256", help="head sizes to check; empty: time only")
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--time", action="store_true")
     arguments = parser.parse_args()
@@ -295,7 +295,7 @@ def main():
     random.seed(arguments.seed)
     torch.manual_seed(arguments.seed)
     architectures = arguments.architectures.split(",")
-    failures = verify(arguments.cubins, architectures, [int(d) for d in arguments.dims.split(",")])
+    failures = verify(arguments.cubins, architectures, [int(d) for d in arguments.dims.split(",") if d])
     print(f"seed {arguments.seed}: {failures} failures", flush=True)
     if arguments.time:
         benchmark(arguments.cubins, (arguments.time_only or arguments.architectures).split(","))

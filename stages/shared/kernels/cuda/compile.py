@@ -10,8 +10,13 @@ are kept as FOLDER/KERNEL-sm_XX-HEADDIM[-softcap].cubin.
 import argparse, ctypes, glob, os, re, site, sys
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-# sm_75 has no bf16; sm_86 has less shared memory than sm_80; plain sm_90 is the mma.sync path on Hopper.
-ARCHITECTURES = {"sm_75": ["F16=1"], "sm_80": [], "sm_86": [], "sm_90": [], "sm_90a": []}
+# Name -> NVRTC's architecture and settings. sm_75 has no bf16; sm_86 has less shared memory than sm_80; plain
+# sm_90 is the mma.sync path on Hopper. `turing` is the code of sm_75 for a Hopper card, to run it there, and
+# `f16` the wgmma path in f16.
+ARCHITECTURES = {
+    "sm_75": ("sm_75", ["F16=1"]), "sm_80": ("sm_80", []), "sm_86": ("sm_86", []), "sm_90": ("sm_90", []),
+    "sm_90a": ("sm_90a", []), "turing": ("sm_90", ["F16=1", "ARCH=750"]), "f16": ("sm_90a", ["F16=1"]),
+}
 FILES = ["attention_forward", "attention_backward"]
 
 
@@ -94,7 +99,8 @@ def main():
     if arguments.out:
         os.makedirs(arguments.out, exist_ok=True)
     for name, file, architecture, defines in variants(arguments.only):
-        cubin, log = nvrtc.compile(file, architecture, ARCHITECTURES[architecture] + defines + arguments.defines)
+        target, settings = ARCHITECTURES[architecture]
+        cubin, log = nvrtc.compile(file, target, settings + defines + arguments.defines)
         if cubin is None:
             failed += 1
             print(f"{name}: does not compile\n{log}")
