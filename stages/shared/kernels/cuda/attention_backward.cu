@@ -51,7 +51,7 @@ constexpr int K_WARPS = K_CONFIG, K_QUERIES = K_CONFIG_QUERIES, K_BLOCKS = K_CON
 #elif WGMMA && HEAD_DIM == 256
 constexpr int K_WARPS = 4, K_QUERIES = 64, K_BLOCKS = 1;
 #elif WGMMA
-constexpr int K_WARPS = 4, K_QUERIES = HEAD_DIM == 64 ? 128 : 64, K_BLOCKS = 2;
+constexpr int K_WARPS = 4, K_QUERIES = HEAD_DIM == 64 && !SOFTCAP ? 128 : 64, K_BLOCKS = 2;
 #elif HEAD_DIM == 64
 constexpr int K_WARPS = 4, K_QUERIES = SHARED_KIB > 64 ? 64 : 32, K_BLOCKS = SHARED_KIB > 64 ? 2 : 1;
 #elif HEAD_DIM == 128 && SHARED_KIB > 64

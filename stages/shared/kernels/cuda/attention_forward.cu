@@ -12,9 +12,9 @@
 //
 // Tile sizes. M = 2 lets each K and V fragment read from shared memory serve 32 rows (with 16, mma.sync waits for
 // shared memory); HEAD_DIM 256 has registers for 16 rows only. Two blocks a multiprocessor hide each other's
-// softmax; with wgmma, two or three blocks of one warpgroup did better on an H100 than one block of two or three,
-// whose warpgroups meet at every tile (0.089 against 0.095 ms at b2 h16 s2048 d128) or, without meeting, share
-// the start and the end of the block (0.094).
+// softmax; with wgmma, two or three blocks of one warpgroup did better on an H100 than one block of two warpgroups,
+// whether these meet at every tile or not (0.087 against 0.095 and 0.094 ms at b2 h16 s2048 d128), though each
+// then reads K and V alone: about 6 TB/s from L2, which is near its limit. HEAD_DIM 256 has room for one block.
 #ifndef ATTENTION_COMMON
 #include "attention_common.cuh"
 #endif
@@ -77,12 +77,6 @@ __device__ __forceinline__ void softmax_step(float (&s)[M][N][4], float (&maximu
 }
 
 __device__ __forceinline__ void rescale(float (&o)[M][COLUMN_TILES][4], const float (&shrink)[M][2]) {
-#ifdef LAZY
-    bool changed = false;
-#pragma unroll
-    for (int m = 0; m < M; ++m) changed |= shrink[m][0] != 1.0f || shrink[m][1] != 1.0f;
-    if (!__any_sync(0xffffffff, changed)) return;
-#endif
 #pragma unroll
     for (int m = 0; m < M; ++m)
 #pragma unroll
