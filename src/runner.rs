@@ -149,21 +149,8 @@ pub fn run(
     });
     planner.cache.flush();
     result?;
-    let RunSummary { ran, reused, fetched, failed, skipped, .. } = run.summary;
-    let (seconds, saved_seconds) = (started.elapsed().as_secs_f64(), run.saved);
-    let (summary, cut_off) = (run.summary, run.cut_off);
-    let critical_path = critical_path::of(planner, &run.took);
-    sink(Event::RunFinished {
-        ran,
-        reused,
-        fetched,
-        failed,
-        skipped,
-        seconds,
-        saved_seconds,
-        cut_off,
-        critical_path,
-    });
+    let (summary, finished) = (run.summary, run.finished(started));
+    sink(finished);
     Ok(summary)
 }
 
@@ -198,6 +185,22 @@ struct Run<'a> {
 }
 
 impl<'a> Run<'a> {
+    /// The last event of a run.
+    fn finished(&self, started: Instant) -> Event {
+        let RunSummary { ran, reused, fetched, failed, skipped, .. } = self.summary;
+        Event::RunFinished {
+            ran,
+            reused,
+            fetched,
+            failed,
+            skipped,
+            seconds: started.elapsed().as_secs_f64(),
+            saved_seconds: self.saved,
+            cut_off: self.cut_off,
+            critical_path: critical_path::of(self.planner, &self.took),
+        }
+    }
+
     fn drive(
         &mut self,
         lock: &mut Lockfile,

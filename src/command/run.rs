@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use contract::Progress;
 
-use super::{CommandError, Context, remote};
+use super::{CommandError, Context, Project, remote};
 use crate::cache::Cache;
 use crate::display::{Mode, RunDisplay, Trace};
 use crate::event::Event;
@@ -48,21 +48,7 @@ pub(super) struct Args {
 pub(super) fn run(context: &Context<'_>, args: &Args) -> Result<u8, CommandError> {
     let mut project = context.project()?;
     let selection = project.pipeline.select(&args.names)?;
-    let needed = project.graph.with_upstream(&selection);
-    let mut options = PlanOptions::default();
-    if args.force {
-        let named: BTreeSet<String> = selection.iter().cloned().collect();
-        options.force =
-            if args.names.is_empty() { needed.iter().cloned().collect() } else { named };
-    }
-    if let Some(from) = &args.from {
-        project.stage(from)?;
-        let below = project.graph.with_downstream(std::slice::from_ref(from));
-        options.force.extend(below.into_iter().filter(|s| needed.contains(s)));
-    }
-    if args.only {
-        options.only = Some(selection.iter().cloned().collect());
-    }
+    let options = plan_options(&project, args, &selection)?;
     let interrupts = interrupts();
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let jobs = args.jobs.map_or(cores.clamp(2, 4), usize::from);
@@ -109,6 +95,30 @@ pub(super) fn run(context: &Context<'_>, args: &Args) -> Result<u8, CommandError
         summary if summary.failed > 0 => exit_code::STAGE_FAILED,
         _ => exit_code::OK,
     })
+}
+
+/// What `--force`, `--from` and `--only` mean for the plan.
+fn plan_options(
+    project: &Project,
+    args: &Args,
+    selection: &[String],
+) -> Result<PlanOptions, CommandError> {
+    let needed = project.graph.with_upstream(selection);
+    let mut options = PlanOptions::default();
+    if args.force {
+        let named: BTreeSet<String> = selection.iter().cloned().collect();
+        options.force =
+            if args.names.is_empty() { needed.iter().cloned().collect() } else { named };
+    }
+    if let Some(from) = &args.from {
+        project.stage(from)?;
+        let below = project.graph.with_downstream(std::slice::from_ref(from));
+        options.force.extend(below.into_iter().filter(|s| needed.contains(s)));
+    }
+    if args.only {
+        options.only = Some(selection.iter().cloned().collect());
+    }
+    Ok(options)
 }
 
 /// Counts the interrupts by the user from now on.

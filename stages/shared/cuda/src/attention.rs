@@ -3,9 +3,91 @@
 use crate::CudaError;
 use crate::device::{Device, Dtype, args};
 
+/// How the fast kernels are launched for one shape.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Plan {
+    forward: Facts,
+    query: Facts,
+    key: Facts,
+    /// Parts of a group of query heads that blocks over keys share.
+    splits: usize,
+}
+
+/// Rows of a block, threads, and bytes of dynamic shared memory.
+#[derive(Clone, Copy, Debug)]
+struct Facts {
+    rows: usize,
+    threads: usize,
+    shared: usize,
+    /// dk and dv are made by kernels of their own.
+    is_split: bool,
+}
+
+/// Blocks that fill a large GPU about twice.
+const BLOCKS: usize = 500;
+
+impl Plan {
+    /// The plan for a shape, `None` where only the slow twin serves it.
+    pub(crate) fn new(
+        device: &Device,
+        (heads, kv_heads, d): (usize, usize, usize),
+        capacity: usize,
+    ) -> Result<Option<Self>, CudaError> {
+        let least = match device.dtype {
+            Dtype::F32 => return Ok(None),
+            Dtype::Bf16 => 80,
+            Dtype::F16 => 75,
+        };
+        if !matches!(d, 64 | 128 | 256) || device.capability < least {
+            return Ok(None);
+        }
+        device.head_dim.set(d);
+        let facts = |file, name| -> Result<Facts, CudaError> {
+            let [rows, threads, shared, kernels] = device.facts(file, name)?.map(|v| v as usize);
+            Ok(Facts { rows, threads, shared, is_split: kernels == 2 })
+        };
+        let key = facts(BACKWARD, "attention_backward_kv_launch")?;
+        let group = heads / kv_heads;
+        let blocks = kv_heads * capacity.div_ceil(key.rows);
+        let enough = |s: &usize| group.is_multiple_of(*s) && s * blocks >= BLOCKS;
+        Ok(Some(Self {
+            forward: facts(FORWARD, "attention_forward_launch")?,
+            query: facts(BACKWARD, "attention_backward_q_launch")?,
+            key,
+            splits: (1..=group).find(enough).unwrap_or(group),
+        }))
+    }
+
+    /// Bytes of scratch that the backward pass needs.
+    pub(crate) fn scratch_bytes(&self, kv_heads: usize, d: usize, n: usize) -> u64 {
+        if self.splits > 1 { (2 * self.splits * n * kv_heads * d) as u64 * 4 } else { 0 }
+    }
+
+    /// The orders in which blocks take tiles: of the forward pass, of the gradient of queries, and of
+    /// that of keys and values.
+    pub(crate) fn orders(&self, start: &[i32], stop: &[i32]) -> [Vec<i32>; 3] {
+        let queries =
+            |rows| tile_order(start.len(), rows, &|first, last| last as i32 - start[first]);
+        let keys = tile_order(start.len(), self.key.rows, &|first, last| stop[last] - first as i32);
+        [queries(self.forward.rows), queries(self.query.rows), keys]
+    }
+}
+
+/// Tiles of `rows` rows, longest work first, so that the last blocks to start are short.
+fn tile_order(n: usize, rows: usize, work: &dyn Fn(usize, usize) -> i32) -> Vec<i32> {
+    let mut tiles: Vec<i32> = (0..n.div_ceil(rows) as i32).collect();
+    tiles.sort_by_key(|tile| {
+        let first = *tile as usize * rows;
+        -work(first, (first + rows).min(n) - 1)
+    });
+    tiles
+}
+
 /// Where an attention reads and writes.
 #[derive(Clone, Copy)]
 pub(crate) struct Attention {
+    /// How the fast kernels run; `None` for the slow twin.
+    pub(crate) plan: Option<Plan>,
     /// q, k and v side by side in rows of stride `ld`.
     pub(crate) qkv: u64,
     pub(crate) ld: usize,
@@ -17,8 +99,10 @@ pub(crate) struct Attention {
     /// First row of each row's segment, and one past its last, `[n]`.
     pub(crate) start: u64,
     pub(crate) stop: u64,
-    /// Tiles of 128 queries and of 128 keys, longest work first; see [`tile_orders`].
-    pub(crate) orders: [u64; 2],
+    /// Both, in pairs.
+    pub(crate) bounds: u64,
+    /// [`Plan::orders`].
+    pub(crate) orders: [u64; 3],
     pub(crate) heads: usize,
     pub(crate) kv_heads: usize,
     pub(crate) d: usize,
@@ -28,27 +112,8 @@ pub(crate) struct Attention {
 }
 
 const FILE: &str = "attention_reference.cu";
-const FLASH: &str = "flash.cu";
-/// Queries or keys of a block.
-const TILE: usize = 128;
-
-/// The orders in which blocks take tiles of queries and of keys: longest work first, so that the
-/// last blocks to start are short. `start` and `stop` bound each row's segment.
-pub(crate) fn tile_orders(start: &[i32], stop: &[i32]) -> [Vec<i32>; 2] {
-    let n = start.len();
-    let sorted = |work: &dyn Fn(usize, usize) -> i32| {
-        let mut tiles: Vec<i32> = (0..n.div_ceil(TILE) as i32).collect();
-        tiles.sort_by_key(|tile| {
-            let first = *tile as usize * TILE;
-            -work(first, (first + TILE).min(n) - 1)
-        });
-        tiles
-    };
-    [
-        sorted(&|first, last| last as i32 - start[first]),
-        sorted(&|first, last| stop[last] - first as i32),
-    ]
-}
+const FORWARD: &str = "attention_forward.cu";
+const BACKWARD: &str = "attention_backward.cu";
 
 impl Attention {
     fn parts(&self, base: u64, size: u64) -> [u64; 3] {
@@ -60,89 +125,87 @@ impl Attention {
         1.0 / (self.d as f32).sqrt()
     }
 
-    /// Whether the fast kernels serve this shape on this device.
-    fn is_fast(&self, device: &Device) -> bool {
-        device.dtype != Dtype::F32 && matches!(self.d, 64 | 128) && device.has_async_copies()
-    }
-
-    /// Bytes of scratch that [`Attention::backward`] needs.
-    pub(crate) fn scratch_bytes(heads: usize, d: usize, n: usize) -> u64 {
-        (n * heads * d) as u64 * 8
-    }
-
     /// Writes `out` and `lse`.
     pub(crate) fn forward(&self, device: &Device) -> Result<(), CudaError> {
-        if !self.is_fast(device) {
+        let Some(Plan { forward: Facts { rows, threads, shared, .. }, .. }) = self.plan else {
             return self.forward_reference(device);
-        }
+        };
         let [q, k, v] = self.parts(self.qkv, device.dtype.size());
         let [ld, ldo, heads, kv_heads, n] =
             [self.ld, self.ldo, self.heads, self.kv_heads, self.n].map(|v| v as i32);
-        let (out, lse, start, scale) = (self.out, self.lse, self.start, self.scale());
-        let order = self.orders[0];
-        let shared = (128 + 4 * 64) * self.d * 2;
+        let (out, lse, bounds, order) = (self.out, self.lse, self.bounds, self.orders[0]);
+        let (scale, softcap, window) = (self.scale(), 0.0f32, 0i32);
         // SAFETY: the caller's buffers.
         unsafe {
             device.launch(
-                (FLASH, "flash_forward"),
-                [self.heads, self.n.div_ceil(TILE)],
-                128,
+                (FORWARD, "attention_forward"),
+                [self.heads, self.n.div_ceil(rows)],
+                threads,
                 shared,
-                args![q, k, v, ld, out, ldo, lse, start, order, heads, kv_heads, scale, n],
+                args![
+                    q, k, v, out, lse, bounds, order, n, heads, kv_heads, ld, ld, ld, ldo, scale,
+                    softcap, window
+                ],
             )
         }
     }
 
     /// Writes the gradients of q, k and v, side by side in rows of stride `ldd`, from that of `out`.
-    /// `delta` has the shape of `lse`; `parts` has [`Attention::scratch_bytes`].
+    /// `delta` has the shape of `lse`; `partial` has [`Plan::scratch_bytes`].
     pub(crate) fn backward(
         &self,
         device: &Device,
         (dout, lddo): (u64, usize),
         (dqkv, ldd): (u64, usize),
-        (delta, parts): (u64, u64),
+        (delta, partial): (u64, u64),
     ) -> Result<(), CudaError> {
-        if !self.is_fast(device) {
+        let Some(plan) = self.plan else {
             return self.backward_reference(device, (dout, lddo), (dqkv, ldd), delta);
-        }
+        };
         let size = device.dtype.size();
         let [q, k, v] = self.parts(self.qkv, size);
         let [dq, dk, dv] = self.parts(dqkv, size);
-        let [ld, ldo, lddo, ldd, heads, kv_heads, n] =
-            [self.ld, self.ldo, lddo, ldd, self.heads, self.kv_heads, self.n].map(|v| v as i32);
-        let Self { out, lse, start, stop, .. } = *self;
-        let scale = self.scale();
-        let (tiles, [rows, keys]) = ([self.heads, self.n.div_ceil(TILE)], self.orders);
-        let (dq_shared, dkv_shared) =
-            ((2 * 128 + 4 * 32) * self.d * 2, (2 * 128 + 4 * 64) * self.d * 2 + 4 * 64 * 4);
+        let [ld, ldo, lddo, ldd, heads, kv_heads, n, splits] =
+            [self.ld, self.ldo, lddo, ldd, self.heads, self.kv_heads, self.n, plan.splits]
+                .map(|v| v as i32);
+        let Self { out, lse, bounds, orders: [_, rows, keys], .. } = *self;
+        let (scale, softcap, window) = (self.scale(), 0.0f32, 0i32);
         // SAFETY: the caller's buffers.
         unsafe {
-            let delta_args = args![out, ldo, dout, lddo, delta, heads, n];
-            let grid = [(self.n * self.heads).div_ceil(8), 1];
-            device.launch((FLASH, "flash_delta"), grid, 256, 0, delta_args)?;
             device.launch(
-                (FLASH, "flash_dq"),
-                tiles,
-                128,
-                dq_shared,
+                (BACKWARD, "attention_backward_q"),
+                [self.heads, self.n.div_ceil(plan.query.rows)],
+                plan.query.threads,
+                plan.query.shared,
                 args![
-                    q, k, v, ld, dout, lddo, lse, delta, dq, ldd, start, rows, heads, kv_heads,
-                    scale, n
+                    q, k, v, out, dout, lse, delta, dq, bounds, rows, n, heads, kv_heads, ld, ld,
+                    ld, ldo, lddo, ldd, scale, softcap, window
                 ],
             )?;
-            device.launch(
-                (FLASH, "flash_dkv"),
-                tiles,
-                256,
-                dkv_shared,
-                args![
-                    q, k, v, ld, dout, lddo, lse, delta, parts, stop, keys, heads, kv_heads, scale,
-                    n
-                ],
-            )?;
-            let grid = [(self.n * self.kv_heads * self.d).div_ceil(256), 2];
-            let args = args![parts, dk, dv, ldd, heads, kv_heads, n];
-            device.launch((FLASH, "flash_gather"), grid, 256, 0, args)
+            let names: &[&str] = if plan.key.is_split {
+                &["attention_backward_k", "attention_backward_v"]
+            } else {
+                &["attention_backward_kv"]
+            };
+            for name in names {
+                device.launch(
+                    (BACKWARD, name),
+                    [self.kv_heads * plan.splits, self.n.div_ceil(plan.key.rows)],
+                    plan.key.threads,
+                    plan.key.shared,
+                    args![
+                        q, k, v, dout, lse, delta, dk, dv, partial, bounds, keys, n, heads,
+                        kv_heads, ld, ld, ld, lddo, ldd, ldd, scale, softcap, window, splits
+                    ],
+                )?;
+            }
+            if plan.splits == 1 {
+                return Ok(());
+            }
+            let quads = self.n * self.kv_heads * self.d / 4;
+            let args = args![partial, dk, dv, n, kv_heads, ldd, ldd, splits];
+            let kernel = (BACKWARD, "attention_backward_reduce");
+            device.launch(kernel, [quads.div_ceil(256), 2], 256, 0, args)
         }
     }
 
@@ -253,11 +316,12 @@ mod tests {
     struct Bounds {
         start: Buffer,
         stop: Buffer,
-        orders: [Buffer; 2],
+        pairs: Buffer,
+        orders: [Buffer; 3],
         n: usize,
     }
 
-    fn bounds(device: &Device, lengths: &[usize]) -> Bounds {
+    fn bounds(device: &Device, plan: &Plan, lengths: &[usize]) -> Bounds {
         let (mut start, mut stop, mut n) = (Vec::new(), Vec::new(), 0usize);
         for length in lengths {
             for _ in 0..*length {
@@ -270,8 +334,9 @@ mod tests {
             let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
             device.upload(&bytes).unwrap()
         };
-        let orders = tile_orders(&start, &stop).map(|order| upload(&order));
-        Bounds { start: upload(&start), stop: upload(&stop), orders, n }
+        let orders = plan.orders(&start, &stop).map(|order| upload(&order));
+        let pairs: Vec<i32> = start.iter().zip(&stop).flat_map(|(a, b)| [*a, *b]).collect();
+        Bounds { start: upload(&start), stop: upload(&stop), pairs: upload(&pairs), orders, n }
     }
 
     #[test]
@@ -286,8 +351,10 @@ mod tests {
         ];
         for (lengths, heads, kv_heads, d, dtype) in cases {
             let Some(device) = gpu(dtype, d) else { return };
-            let bounds = bounds(&device, lengths);
-            let n = bounds.n;
+            let n: usize = lengths.iter().sum();
+            let Some(plan) = Plan::new(&device, (heads, kv_heads, d), n).unwrap() else { continue };
+            let bounds = bounds(&device, &plan, lengths);
+            assert_eq!(bounds.n, n);
             let (ld, ldo) = ((heads + 2 * kv_heads) * d, heads * d + 16);
             let (qkv, dout) = (random(&device, n * ld, 1), random(&device, n * ldo, 2));
             let mut results: Vec<[Vec<f32>; 3]> = Vec::new();
@@ -295,11 +362,13 @@ mod tests {
                 // Poison: whatever is not written shows.
                 let (out, dqkv) = (random(&device, n * ldo, 9), random(&device, n * ld, 10));
                 let [lse, delta] = [(); 2].map(|()| device.alloc((n * heads * 4) as u64).unwrap());
-                let bytes = Attention::scratch_bytes(heads, d, n);
+                let bytes = plan.scratch_bytes(kv_heads, d, n);
                 let parts = device.alloc(bytes).unwrap();
                 let longest = lengths.iter().copied().max().unwrap();
                 let (out_ptr, lse_ptr) = (out.ptr(), lse.ptr());
                 let attention = Attention {
+                    plan: Some(plan),
+                    bounds: bounds.pairs.ptr(),
                     qkv: qkv.ptr(),
                     ld,
                     out: out_ptr,
@@ -351,14 +420,18 @@ mod tests {
             (9, 3, 64, vec![2048; 2]),
         ] {
             let Some(device) = gpu(Dtype::Bf16, d) else { return };
-            let bounds = bounds(&device, &lengths);
-            let n = bounds.n;
+            let n: usize = lengths.iter().sum();
+            let plan = Plan::new(&device, (heads, kv_heads, d), n).unwrap().unwrap();
+            let bounds = bounds(&device, &plan, &lengths);
+            assert_eq!(bounds.n, n);
             let (ld, ldo) = ((heads + 2 * kv_heads) * d, heads * d);
             let (qkv, dout) = (random(&device, n * ld, 1), random(&device, n * ldo, 2));
             let (out, dqkv) = (random(&device, n * ldo, 9), random(&device, n * ld, 10));
             let [lse, delta] = [(); 2].map(|()| device.alloc((n * heads * 4) as u64).unwrap());
-            let parts = device.alloc(Attention::scratch_bytes(heads, d, n)).unwrap();
+            let parts = device.alloc(plan.scratch_bytes(kv_heads, d, n)).unwrap();
             let attention = Attention {
+                plan: Some(plan),
+                bounds: bounds.pairs.ptr(),
                 qkv: qkv.ptr(),
                 ld,
                 out: out.ptr(),

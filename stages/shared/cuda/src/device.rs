@@ -54,8 +54,7 @@ impl Dtype {
     }
 }
 
-const SOURCES: [(&str, &str); 6] = [
-    ("flash.cu", include_str!("../kernels/flash.cu")),
+const SOURCES: [(&str, &str); 5] = [
     ("layer.cu", include_str!("../kernels/layer.cu")),
     ("nf4.cu", include_str!("../kernels/nf4.cu")),
     ("loss.cu", include_str!("../kernels/loss.cu")),
@@ -63,6 +62,15 @@ const SOURCES: [(&str, &str); 6] = [
     ("attention_reference.cu", include_str!("../kernels/attention_reference.cu")),
 ];
 const COMMON: &str = include_str!("../kernels/common.cuh");
+const ATTENTION: [(&str, &str); 2] = [
+    ("attention_forward.cu", include_str!("../kernels/attention/attention_forward.cu")),
+    ("attention_backward.cu", include_str!("../kernels/attention/attention_backward.cu")),
+];
+const ATTENTION_COMMON: &str = include_str!("../kernels/attention/attention_common.cuh");
+const ATTENTION_PARTS: [(&str, &str); 2] = [
+    ("attention_mma.cuh", include_str!("../kernels/attention/attention_mma.cuh")),
+    ("attention_wgmma.cuh", include_str!("../kernels/attention/attention_wgmma.cuh")),
+];
 /// Scratch of cuBLASLt.
 pub(crate) const WORKSPACE: u64 = 32 << 20;
 
@@ -72,6 +80,8 @@ pub struct Device {
     pub(crate) stream: Arc<CudaStream>,
     pub(crate) dtype: Dtype,
     arch: String,
+    /// Compute capability times ten.
+    pub(crate) capability: u32,
     /// Macro HEAD_DIM of the kernels.
     pub(crate) head_dim: Cell<usize>,
     /// Dynamic shared memory that each kernel has been allowed.
@@ -141,7 +151,9 @@ impl Device {
         let stream = context.new_stream()?;
         let (major, minor) = context.compute_capability()?;
         let device = Self {
-            arch: format!("sm_{major}{minor}"),
+            // `a` allows the instructions of Hopper that later chips lack.
+            arch: format!("sm_{major}{minor}{}", if (major, minor) == (9, 0) { "a" } else { "" }),
+            capability: (major * 10 + minor) as u32,
             blas: cudarc::cublaslt::result::create_handle()?,
             context,
             stream,
@@ -163,12 +175,23 @@ impl Device {
 
     /// Whether this GPU multiplies bf16.
     pub fn has_bf16(&self) -> bool {
-        self.has_async_copies()
+        self.capability >= 80
     }
 
-    /// Whether the matrix units of this GPU take 16-bit operands by asynchronous copies (sm_80).
-    pub(crate) fn has_async_copies(&self) -> bool {
-        self.arch.trim_start_matches("sm_").parse::<u32>().is_ok_and(|arch| arch >= 80)
+    /// Four integers that a kernel's file says of itself under `name`.
+    pub(crate) fn facts(
+        &self,
+        file: &'static str,
+        name: &'static str,
+    ) -> Result<[i32; 4], CudaError> {
+        let symbol = CString::new(name).map_err(|e| CudaError::Input(e.to_string()))?;
+        // SAFETY: the module stays loaded, and the constant is an array of four.
+        let (ptr, _) = unsafe { result::module::get_global(self.module(file)?, symbol)? };
+        let mut facts = [0i32; 4];
+        // SAFETY: as above; synchronised before the array is read.
+        unsafe { result::memcpy_dtoh_async(&mut facts, ptr, self.stream.cu_stream())? };
+        self.stream.synchronize()?;
+        Ok(facts)
     }
 
     /// Name and architecture, for provenance.
@@ -312,12 +335,27 @@ impl Device {
         if let Some(module) = self.modules.borrow().get(file) {
             return Ok(*module);
         }
-        let text = SOURCES.iter().find(|(name, _)| *name == file).map_or("", |(_, text)| text);
-        let defines = [
-            format!("-DELEMENT={}", self.dtype.element()),
-            format!("-DHEAD_DIM={}", self.head_dim.get()),
-        ];
-        let source = format!("{COMMON}\n#line 1\n{text}");
+        let find = |list: &[(&str, &'static str)]| {
+            list.iter().find(|(name, _)| *name == file).map(|(_, text)| *text)
+        };
+        let (source, defines) = match find(&ATTENTION) {
+            Some(text) => {
+                let mut common = ATTENTION_COMMON.to_owned();
+                for (name, part) in ATTENTION_PARTS {
+                    common = common.replace(&format!("#include \"{name}\""), part);
+                }
+                let defines = vec![
+                    format!("-DHEAD_DIM={}", self.head_dim.get()),
+                    format!("-DF16={}", u32::from(self.dtype == Dtype::F16)),
+                ];
+                (format!("{common}\n#line 1\n{text}"), defines)
+            }
+            None => {
+                let text = find(&SOURCES).unwrap_or_default();
+                let defines = vec![format!("-DELEMENT={}", self.dtype.element())];
+                (format!("{COMMON}\n#line 1\n{text}"), defines)
+            }
+        };
         let code = compile::cubin(file, &source, &self.arch, &defines)?;
         // SAFETY: machine code for this device; modules live as long as the process.
         let module = unsafe { result::module::load_data(code.as_ptr().cast())? };

@@ -10,8 +10,11 @@ use crate::CudaError;
 /// Pairs of events; off unless asked for, since events cost launches.
 #[derive(Default)]
 pub(crate) struct Profile {
-    spans: RefCell<Option<Vec<(&'static str, sys::CUevent, sys::CUevent)>>>,
+    spans: RefCell<Option<Vec<Span>>>,
 }
+
+/// Class, and the events around one piece of work.
+type Span = (&'static str, sys::CUevent, sys::CUevent);
 
 impl Profile {
     /// Starts collecting.

@@ -8,7 +8,7 @@
 use model::MicroBatch;
 
 use crate::adapter::Lora;
-use crate::attention::{Attention, tile_orders};
+use crate::attention::{Attention, Plan};
 use crate::device::{Buffer, Device, args};
 use crate::gemm::{Gemm, View};
 use crate::{CudaError, Frozen};
@@ -44,6 +44,7 @@ struct State {
 /// Buffers and tables of a training step of one shape.
 pub struct Step {
     activations: Activations,
+    attention: Option<Plan>,
     capacity: usize,
     widths: [usize; 4],
     states: Vec<State>,
@@ -59,7 +60,7 @@ pub struct Step {
     cosines: Buffer,
     sines: Buffer,
     /// Tokens, positions, segment starts and stops, target rows, targets: orders of tiles:
-    /// `[8, capacity]` i32.
+    /// `[11, capacity]` i32.
     integers: Buffer,
     total: Buffer,
 }
@@ -140,7 +141,8 @@ struct Batch {
     stop: u64,
     rows: u64,
     labels: u64,
-    orders: [u64; 2],
+    bounds: u64,
+    orders: [u64; 3],
 }
 
 impl Step {
@@ -156,7 +158,8 @@ impl Step {
         activations: Activations,
     ) -> Result<Self, CudaError> {
         let c = &frozen.config;
-        device.head_dim.set(c.head_dim);
+        let (heads, kv_heads, d) = (c.num_attention_heads, c.num_key_value_heads, c.head_dim);
+        let attention = Plan::new(device, (heads, kv_heads, d), capacity)?;
         let groups = &lora.groups[0];
         let widths = groups.map(|g| g.width);
         let (q, out) = (groups[1].inputs, groups[0].outputs);
@@ -186,12 +189,13 @@ impl Step {
         let (cosines, sines) = rope_tables(c, capacity);
         let size = device.dtype.size();
         let attention_scratch =
-            Attention::scratch_bytes(c.num_attention_heads, c.head_dim, capacity);
+            attention.map_or(0, |plan| plan.scratch_bytes(kv_heads, d, capacity));
         let states: Vec<State> = (0..kept).map(|_| state()).collect::<Result<_, _>>()?;
         let lent = (activations == Activations::Recompute).then_some(&states[0]);
         let head = HeadBuffers::new(device, c, capacity, lent)?;
         Ok(Self {
             activations,
+            attention,
             capacity,
             widths,
             states,
@@ -205,7 +209,7 @@ impl Step {
             head,
             cosines: device.upload_f32(&cosines)?,
             sines: device.upload_f32(&sines)?,
-            integers: device.alloc(capacity as u64 * 8 * 4)?,
+            integers: device.alloc(capacity as u64 * 11 * 4)?,
             total: device.zeros(8)?,
         })
     }
@@ -280,7 +284,7 @@ impl Step {
             let message = format!("a batch of {n} tokens where {} fit", self.capacity);
             return Err(CudaError::Input(message));
         }
-        let mut columns: [Vec<i32>; 8] = Default::default();
+        let mut columns: [Vec<i32>; 11] = Default::default();
         columns[0].extend(batch.tokens);
         let mut longest = 0;
         for bounds in batch.cu_seqlens.windows(2) {
@@ -296,8 +300,15 @@ impl Step {
             columns[5].push(*target);
         }
         let targets = columns[4].len();
-        [columns[6], columns[7]] = tile_orders(&columns[2], &columns[3]);
-        let mut bytes = vec![0u8; self.capacity * 8 * 4];
+        // A column and the next: pairs.
+        let pairs: Vec<i32> =
+            columns[2].iter().zip(&columns[3]).flat_map(|(a, b)| [*a, *b]).collect();
+        let (low, high) = pairs.split_at(pairs.len().min(self.capacity));
+        (columns[6], columns[7]) = (low.to_vec(), high.to_vec());
+        if let Some(plan) = &self.attention {
+            [columns[8], columns[9], columns[10]] = plan.orders(&columns[2], &columns[3]);
+        }
+        let mut bytes = vec![0u8; self.capacity * 11 * 4];
         for (column, to) in columns.iter().zip(bytes.chunks_exact_mut(self.capacity * 4)) {
             for (value, to) in column.iter().zip(to.chunks_exact_mut(4)) {
                 to.copy_from_slice(&value.to_le_bytes());
@@ -315,7 +326,8 @@ impl Step {
             stop: column(3),
             rows: column(4),
             labels: column(5),
-            orders: [column(6), column(7)],
+            bounds: column(6),
+            orders: [column(8), column(9), column(10)],
         })
     }
 }
@@ -357,7 +369,9 @@ impl Pass<'_> {
             lse: state.lse.ptr(),
             start: self.b.start,
             stop: self.b.stop,
+            bounds: self.b.bounds,
             orders: self.b.orders,
+            plan: self.step.attention,
             heads: c.num_attention_heads,
             kv_heads: c.num_key_value_heads,
             d: c.head_dim,

@@ -115,7 +115,7 @@ class Attention:
                           *[t.stride(0) for t in (q, k, v, do, dk, dv)], scale, cap, window, splits)
         if splits > 1:
             quads = q.shape[0] * kv_heads * self.dim // 4
-            self.b.launch("attention_backward_reduce", ((quads + 255) // 256, 1, 2), 256, 0, partial, dk, dv, q.shape[0],
+            self.b.launch("attention_backward_reduce", ((quads + 255) // 256, 2, 1), 256, 0, partial, dk, dv, q.shape[0],
                           kv_heads, dk.stride(0), dv.stride(0), splits)
 
     def partial(self, tokens, kv_heads, splits):

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Compiles every attention kernel for every architecture with NVRTC; no GPU is needed.
 
-    pip install nvidia-cuda-nvrtc nvidia-cuda-runtime
+    pip install nvidia-cuda-nvrtc
     python compile.py [--out FOLDER] [--only sm_90a-128] [-D NAME=VALUE ...]
 
 Prints registers and spills of each kernel and exits with 1 where one does not compile. With --out the cubins
@@ -41,8 +41,6 @@ class Nvrtc:
             self.library = ctypes.CDLL(path)
         except OSError as error:
             sys.exit(f"NVRTC cannot be opened ({error}): pip install nvidia-cuda-nvrtc")
-        header = find("include/cuda_bf16.h", "/usr/local/cuda/include/cuda_bf16.h")
-        self.include = os.path.dirname(header)
 
     def text(self, kind, program):
         size = ctypes.c_size_t()
@@ -57,7 +55,7 @@ class Nvrtc:
             text = source.read()
         program = ctypes.c_void_p()
         self.library.nvrtcCreateProgram(ctypes.byref(program), text, (file + ".cu").encode(), 0, None, None)
-        options = [f"--gpu-architecture={architecture}", "--std=c++17", f"-I{self.include}", f"-I{HERE}",
+        options = [f"--gpu-architecture={architecture}", "--std=c++17", f"-I{HERE}",
                    "--ptxas-options=-v"] + [f"-D{d}" for d in defines]
         array = (ctypes.c_char_p * len(options))(*[o.encode() for o in options])
         code = self.library.nvrtcCompileProgram(program, len(options), array)

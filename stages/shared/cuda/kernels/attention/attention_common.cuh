@@ -24,9 +24,6 @@
 #ifndef ATTENTION_COMMON
 #define ATTENTION_COMMON
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #ifndef HEAD_DIM
 #define HEAD_DIM 128
 #endif
@@ -58,17 +55,38 @@
 #define SHARED_KIB 227
 #endif
 
+// Elements are opaque: conversions are instructions, so that no toolkit header is needed.
+struct element { unsigned short bits; };
+struct element2 { unsigned int bits; };
 #if F16
-typedef __half element;
-typedef __half2 element2;
-__device__ __forceinline__ element2 to_element2(float low, float high) { return __floats2half2_rn(low, high); }
-__device__ __forceinline__ float2 to_float2(element2 pair) { return __half22float2(pair); }
+__device__ __forceinline__ element2 to_element2(float low, float high) {
+    element2 pair;
+#if __CUDA_ARCH__ >= 800
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair.bits) : "f"(high), "f"(low));
+#else
+    unsigned short l, h;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(l) : "f"(low));
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(high));
+    pair.bits = l | static_cast<unsigned int>(h) << 16;
+#endif
+    return pair;
+}
+__device__ __forceinline__ float2 to_float2(element2 pair) {
+    float2 r;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(r.x) : "h"(static_cast<unsigned short>(pair.bits)));
+    asm("cvt.f32.f16 %0, %1;" : "=f"(r.y) : "h"(static_cast<unsigned short>(pair.bits >> 16)));
+    return r;
+}
 #define MMA_TYPE "f16.f16"
 #else
-typedef __nv_bfloat16 element;
-typedef __nv_bfloat162 element2;
-__device__ __forceinline__ element2 to_element2(float low, float high) { return __floats2bfloat162_rn(low, high); }
-__device__ __forceinline__ float2 to_float2(element2 pair) { return __bfloat1622float2(pair); }
+__device__ __forceinline__ element2 to_element2(float low, float high) {
+    element2 pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair.bits) : "f"(high), "f"(low));
+    return pair;
+}
+__device__ __forceinline__ float2 to_float2(element2 pair) {
+    return make_float2(__uint_as_float(pair.bits << 16), __uint_as_float(pair.bits & 0xffff0000u));
+}
 #define MMA_TYPE "bf16.bf16"
 #endif
 

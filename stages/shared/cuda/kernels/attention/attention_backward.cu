@@ -380,7 +380,7 @@ KV_KERNEL(attention_backward_v, false, true)
 KV_KERNEL(attention_backward_kv, true, true)
 #endif
 
-// dk and dv from the f32 sums of the splits, added in order. One thread makes 4 columns; grid depth 2: dk, dv.
+// dk and dv from the f32 sums of the splits, added in order. One thread makes 4 columns; grid height 2: dk, dv.
 extern "C" __global__ void attention_backward_reduce(const float* __restrict__ partial, element* __restrict__ dk,
                                                      element* __restrict__ dv, int tokens, int kv_heads,
                                                      int dk_stride, int dv_stride, int splits) {
@@ -388,7 +388,7 @@ extern "C" __global__ void attention_backward_reduce(const float* __restrict__ p
     long long count = static_cast<long long>(tokens) * quads;
     long long index = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
     if (index >= count) return;
-    const float4* from = reinterpret_cast<const float4*>(partial) + blockIdx.z * splits * count + index;
+    const float4* from = reinterpret_cast<const float4*>(partial) + blockIdx.y * splits * count + index;
     float4 sum = from[0];
     for (int split = 1; split < splits; ++split) {
         float4 next = from[split * count];
@@ -397,6 +397,6 @@ extern "C" __global__ void attention_backward_reduce(const float* __restrict__ p
         sum.z += next.z;
         sum.w += next.w;
     }
-    element* to = (blockIdx.z ? dv : dk) + index / quads * (blockIdx.z ? dv_stride : dk_stride) + index % quads * 4;
+    element* to = (blockIdx.y ? dv : dk) + index / quads * (blockIdx.y ? dv_stride : dk_stride) + index % quads * 4;
     *reinterpret_cast<uint2*>(to) = make_uint2(pack(sum.x, sum.y), pack(sum.z, sum.w));
 }
