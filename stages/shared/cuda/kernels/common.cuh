@@ -19,9 +19,13 @@ struct T { u16 bits; };
 #if ELEMENT == 1
 __device__ __forceinline__ float load(T x) { return __uint_as_float((u32)x.bits << 16); }
 __device__ __forceinline__ T store(float x) {  // round to nearest, ties to even
-  u32 b = __float_as_uint(x);
   T r;
+#if __CUDA_ARCH__ >= 800
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(r.bits) : "f"(x));
+#else
+  u32 b = __float_as_uint(x);
   r.bits = x != x ? 0x7fff : (u16)((b + 0x7fffu + ((b >> 16) & 1u)) >> 16);
+#endif
   return r;
 }
 #else
