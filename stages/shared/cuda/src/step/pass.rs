@@ -1,0 +1,329 @@
+//! A micro-batch on its way through the layers, in launches.
+
+use super::{Batch, State, Step};
+use crate::adapter::Lora;
+use crate::attention::Attention;
+use crate::device::{Device, args};
+use crate::gemm::{Gemm, View};
+use crate::{CudaError, Frozen};
+
+/// One micro-batch in progress.
+pub(super) struct Pass<'a> {
+    pub(super) step: &'a Step,
+    pub(super) device: &'a Device,
+    pub(super) frozen: &'a Frozen,
+    pub(super) lora: &'a Lora,
+    pub(super) b: &'a Batch,
+}
+
+impl Pass<'_> {
+    fn attention(&self, state: &State) -> Attention {
+        let c = &self.frozen.config;
+        let groups = &self.lora.groups[0];
+        Attention {
+            qkv: state.qkv.ptr(),
+            ld: groups[0].outputs,
+            out: state.attended.ptr(),
+            ldo: groups[1].inputs + self.step.widths[1],
+            lse: state.lse.ptr(),
+            start: self.b.start,
+            stop: self.b.stop,
+            bounds: self.b.bounds,
+            orders: self.b.orders,
+            plan: self.step.attention,
+            heads: c.num_attention_heads,
+            kv_heads: c.num_key_value_heads,
+            d: c.head_dim,
+            n: self.b.n,
+            longest: self.b.longest,
+        }
+    }
+
+    /// Embedding and all layers forward.
+    pub(super) fn trunk(&self) -> Result<(), CudaError> {
+        let (step, hidden) = (self.step, self.frozen.config.hidden_size);
+        let (table, out) = (self.frozen.embed.ptr(), step.residual[0].ptr());
+        gather(self.device, (table, hidden), self.b.tokens, out, hidden, self.b.n)?;
+        for layer in 0..self.frozen.config.num_hidden_layers {
+            self.forward(layer, step.state(layer), true)?;
+        }
+        Ok(())
+    }
+
+    /// Layer forward; the product that leaves the layer only where `whole`.
+    pub(super) fn forward(&self, layer: usize, s: &State, whole: bool) -> Result<(), CudaError> {
+        let (h, w) = (self.frozen.config.hidden_size, self.step.widths);
+        let input = self.step.residual[layer].ptr();
+        let norm = self.frozen.input_norm(layer);
+        self.norm(input, norm, (s.normed.ptr(), h + w[0]), s.roots[0].ptr())?;
+        self.project((layer, 0), s.normed.ptr(), s.qkv.ptr(), 0)?;
+        self.rope((s.qkv.ptr(), self.lora.groups[0][0].outputs), 1.0)?;
+        self.attention(s).forward(self.device)?;
+        self.project((layer, 1), s.attended.ptr(), s.middle.ptr(), input)?;
+        let norm = self.frozen.post_norm(layer);
+        let normed = (s.middle_normed.ptr(), h + w[2]);
+        self.norm(s.middle.ptr(), norm, normed, s.roots[1].ptr())?;
+        self.project((layer, 2), s.middle_normed.ptr(), s.gate_up.ptr(), 0)?;
+        let ffn = self.frozen.config.intermediate_size;
+        let (from, ldg) = (s.gate_up.ptr(), (2 * ffn + w[2]) as i32);
+        let (to, ldy, width) = (s.activated.ptr(), (ffn + w[3]) as i32, ffn as i32);
+        let rows = self.b.n as i32;
+        // SAFETY: shapes of the state.
+        unsafe {
+            let kernel = ("layer.cu", "swiglu");
+            let args = args![from, ldg, to, ldy, width, rows];
+            self.device.launch(kernel, self.packs(ffn), 256, 0, args)?;
+        }
+        let out = self.step.residual[layer + 1].ptr();
+        if whole {
+            return self.project((layer, 3), s.activated.ptr(), out, s.middle.ptr());
+        }
+        self.low_rank((layer, 3), s.activated.ptr())
+    }
+
+    /// Turns `dhidden`, the gradient of the layer's output, into that of its input.
+    pub(super) fn backward(&self, layer: usize, s: &State) -> Result<(), CudaError> {
+        let (step, w) = (self.step, self.step.widths);
+        let c = &self.frozen.config;
+        let (hidden, ffn) = (c.hidden_size, c.intermediate_size);
+        let (dh, ldh) = (step.dhidden.ptr(), hidden + w[1].max(w[3]));
+        let dnormed = step.dnormed.ptr();
+        self.project_backward((layer, 3), (dh, ldh), s.activated.ptr(), step.dactivated.ptr())?;
+        let (gate_up, ldg, ldy) = (s.gate_up.ptr(), (2 * ffn + w[2]) as i32, ffn as i32);
+        let (from, rows) = (step.dactivated.ptr(), self.b.n as i32);
+        // SAFETY: shapes of the state; every thread reads what it overwrites.
+        unsafe {
+            let args = args![gate_up, ldg, from, ldy, gate_up, ldg, ldy, rows];
+            let kernel = ("layer.cu", "swiglu_backward");
+            self.device.launch(kernel, self.packs(ffn), 256, 0, args)?;
+        }
+        let dy = (gate_up, 2 * ffn + w[2]);
+        self.project_backward((layer, 2), dy, s.middle_normed.ptr(), dnormed)?;
+        let (middle, root) = (s.middle.ptr(), s.roots[1].ptr());
+        self.norm_backward(middle, self.frozen.post_norm(layer), root, (dh, ldh))?;
+        self.project_backward((layer, 1), (dh, ldh), s.attended.ptr(), dnormed)?;
+        let dqkv = (step.dqkv.ptr(), self.lora.groups[0][0].outputs + w[0]);
+        let dout = (dnormed, self.lora.groups[0][1].inputs);
+        // What the feed-forward block left is free by now.
+        let scratch = (step.delta.ptr(), step.dactivated.ptr());
+        self.attention(s).backward(self.device, dout, dqkv, scratch)?;
+        self.rope(dqkv, -1.0)?;
+        // Nothing needs the gradient of the embeddings.
+        let wanted = if layer > 0 { dnormed } else { 0 };
+        self.project_backward((layer, 0), dqkv, s.normed.ptr(), wanted)?;
+        if layer == 0 {
+            return Ok(());
+        }
+        let (input, root) = (step.residual[layer].ptr(), s.roots[0].ptr());
+        self.norm_backward(input, self.frozen.input_norm(layer), root, (dh, ldh))
+    }
+
+    /// Final norm, head and loss of the rows that have a target; with a scale, the gradient of
+    /// scale times that into `dhidden`.
+    pub(super) fn head(&self, scale: Option<f32>) -> Result<(), CudaError> {
+        let (step, device, b) = (self.step, self.device, self.b);
+        let c = &self.frozen.config;
+        let (hidden, vocabulary) = (c.hidden_size, c.vocab_size);
+        let size = device.dtype.size();
+        let ldh = hidden + step.widths[1].max(step.widths[3]);
+        let dh = step.dhidden.ptr();
+        let (gradient, scale) = (scale.is_some(), scale.unwrap_or(0.0));
+        if gradient {
+            device.clear(dh, (b.n * ldh) as u64 * size)?;
+        }
+        let last = step.residual[c.num_hidden_layers].ptr();
+        let x = &step.head;
+        gather(device, (last, hidden), b.rows, x.rows, hidden, b.targets)?;
+        let norm = self.frozen.norm.ptr();
+        let to = (x.normed, hidden);
+        self.norm_rows(x.rows, norm, to, x.roots.ptr(), b.targets)?;
+        for first in (0..b.targets).step_by(x.chunk) {
+            let rows = x.chunk.min(b.targets - first);
+            let at = |base: u64| base + (first * hidden) as u64 * size;
+            let head = View::new(self.frozen.head(), hidden);
+            let logits = View::new(x.logits, vocabulary);
+            let normed = View::new(at(x.normed), hidden);
+            let product = Gemm::new((rows, vocabulary, hidden), normed, head.t(), logits);
+            device.gemm("gemm head", product)?;
+            let (ptr, labels) = (x.logits, b.labels + (first * 4) as u64);
+            let (losses, columns) = (x.losses.ptr(), vocabulary as i32);
+            let (count, total) = (rows as i32, step.total.ptr());
+            // SAFETY: `rows` rows of logits, labels and losses.
+            unsafe {
+                let args = args![ptr, labels, losses, columns, scale];
+                device.launch(("loss.cu", "cross_entropy"), [rows, 1], 1024, 0, args)?;
+                let args = args![losses, count, total];
+                device.launch(("loss.cu", "add_losses"), [1, 1], 256, 0, args)?;
+            }
+            if gradient {
+                let out = View::new(at(x.dnormed), hidden);
+                let product = Gemm::new((rows, hidden, vocabulary), logits, head, out);
+                device.gemm("gemm head", product)?;
+            }
+        }
+        if !gradient {
+            return Ok(());
+        }
+        device.clear(x.drows, (b.targets * hidden) as u64 * size)?;
+        let [ld, width] = [hidden as i32; 2];
+        let (rows, roots) = (x.rows, x.roots.ptr());
+        let (dy, dx) = (x.dnormed, x.drows);
+        let (index, ldo) = (b.rows, ldh as i32);
+        // SAFETY: matrices of `targets` rows.
+        unsafe {
+            let args = args![rows, ld, norm, roots, dy, ld, dx, ld, width];
+            let kernel = ("layer.cu", "rms_norm_backward");
+            device.launch(kernel, [b.targets, 1], 256, 0, args)?;
+            let args = args![dx, ld, index, dh, ldo, width];
+            device.launch(("layer.cu", "scatter_rows"), [b.targets, 1], 256, 0, args)
+        }
+    }
+
+    /// Grid of a kernel that takes 16 bytes of a row of `width` elements a thread.
+    fn packs(&self, width: usize) -> [usize; 2] {
+        let vector = 16 / self.device.dtype.size() as usize;
+        [(self.b.n * width / vector).div_ceil(256), 1]
+    }
+
+    fn norm(&self, x: u64, w: u64, y: (u64, usize), roots: u64) -> Result<(), CudaError> {
+        self.norm_rows(x, w, y, roots, self.b.n)
+    }
+
+    fn norm_rows(
+        &self,
+        x: u64,
+        w: u64,
+        (y, ldy): (u64, usize),
+        roots: u64,
+        rows: usize,
+    ) -> Result<(), CudaError> {
+        let [width, ldy] = [self.frozen.config.hidden_size, ldy].map(|v| v as i32);
+        let eps = self.frozen.config.rms_norm_eps;
+        // SAFETY: matrices of `rows` rows.
+        unsafe {
+            let args = args![x, width, w, y, ldy, roots, width, eps];
+            self.device.launch(("layer.cu", "rms_norm"), [rows, 1], 256, 0, args)
+        }
+    }
+
+    /// Adds the gradient through a norm, of `dnormed`, to `dx`.
+    fn norm_backward(
+        &self,
+        x: u64,
+        w: u64,
+        roots: u64,
+        (dx, lddx): (u64, usize),
+    ) -> Result<(), CudaError> {
+        let [width, lddx] = [self.frozen.config.hidden_size, lddx].map(|v| v as i32);
+        let dy = self.step.dnormed.ptr();
+        // SAFETY: matrices of n rows.
+        unsafe {
+            let args = args![x, width, w, roots, dy, width, dx, lddx, width];
+            let kernel = ("layer.cu", "rms_norm_backward");
+            self.device.launch(kernel, [self.b.n, 1], 256, 0, args)
+        }
+    }
+
+    /// Rotates queries and keys.
+    fn rope(&self, (x, ld): (u64, usize), sign: f32) -> Result<(), CudaError> {
+        let c = &self.frozen.config;
+        let heads = c.num_attention_heads + c.num_key_value_heads;
+        let vector = 16 / self.device.dtype.size() as usize;
+        let packs = self.b.n * heads * c.head_dim / 2 / vector;
+        let [ld, heads, d, rows] = [ld, heads, c.head_dim, self.b.n].map(|v| v as i32);
+        let (positions, cosines) = (self.b.positions, self.step.cosines.ptr());
+        let sines = self.step.sines.ptr();
+        // SAFETY: tables cover the capacity, which bounds positions.
+        unsafe {
+            let args = args![x, ld, heads, d, positions, cosines, sines, sign, rows];
+            self.device.launch(("layer.cu", "rope"), [packs.div_ceil(256), 1], 256, 0, args)
+        }
+    }
+
+    /// `u = s x Aᵀ` into the extra columns of `x`.
+    fn low_rank(&self, (layer, index): (usize, usize), x: u64) -> Result<(), CudaError> {
+        let g = self.lora.groups[layer][index];
+        if g.width == 0 {
+            return Ok(());
+        }
+        let (n, ld, size) = (self.b.n, g.inputs + g.width, self.device.dtype.size());
+        let a = View::new(self.lora.operand(g.a), g.inputs);
+        let u = View::new(x + g.inputs as u64 * size, ld);
+        let product = Gemm::new((n, g.width, g.inputs), View::new(x, ld), a.t(), u);
+        self.device.gemm("lora u", Gemm { alpha: self.lora.scale, ..product })
+    }
+
+    /// `y = [x, u] [W, B]ᵀ + bias`, plus `residual` where it is not 0.
+    fn project(
+        &self,
+        at @ (layer, index): (usize, usize),
+        x: u64,
+        y: u64,
+        residual: u64,
+    ) -> Result<(), CudaError> {
+        let g = self.lora.groups[layer][index];
+        self.low_rank(at, x)?;
+        let scratch = self.step.scratch.ptr();
+        let k = self.frozen.forward_operand(self.device, self.lora, at, scratch)?;
+        // Gate and up leave room for the gradient's low-rank columns.
+        let ldy = g.outputs + if index == 2 { g.width } else { 0 };
+        let (x, w) = (View::new(x, k), View::new(scratch, k).t());
+        let mut product = Gemm::new((self.b.n, g.outputs, k), x, w, View::new(y, ldy));
+        product.bias = self.frozen.bias(layer, index);
+        if residual != 0 {
+            (product.beta, product.c) = (1.0, residual);
+        }
+        self.device.gemm("gemm forward", product)
+    }
+
+    /// Gradients of the group's factors from `dy`, and `dx = [dy, du] [W; A]` where `dx` is not 0.
+    fn project_backward(
+        &self,
+        at @ (layer, index): (usize, usize),
+        (dy, lddy): (u64, usize),
+        x: u64,
+        dx: u64,
+    ) -> Result<(), CudaError> {
+        let g = self.lora.groups[layer][index];
+        let (n, size) = (self.b.n, self.device.dtype.size());
+        let (gradient, ldx) = (View::new(dy, lddy), g.inputs + g.width);
+        if g.width > 0 {
+            let du = View::new(dy + g.outputs as u64 * size, lddy);
+            let b = View::new(self.lora.operand(g.b), g.width);
+            let product = Gemm::new((n, g.width, g.outputs), gradient, b, du);
+            self.device.gemm("lora du", Gemm { alpha: self.lora.scale, ..product })?;
+            let u = View::new(x + g.inputs as u64 * size, ldx);
+            let db = View::new(self.lora.gradient(g.b), g.width);
+            let product = Gemm::new((g.outputs, g.width, n), gradient.t(), u, db);
+            self.device.gemm("lora dB", Gemm { beta: 1.0, f32_out: true, ..product })?;
+            let da = View::new(self.lora.gradient(g.a), g.inputs);
+            let product = Gemm::new((g.width, g.inputs, n), du.t(), View::new(x, ldx), da);
+            self.device.gemm("lora dA", Gemm { beta: 1.0, f32_out: true, ..product })?;
+        }
+        if dx == 0 {
+            return Ok(());
+        }
+        let scratch = self.step.scratch.ptr();
+        self.frozen.backward_operand(self.device, self.lora, at, scratch)?;
+        let (k, w) = (g.outputs + g.width, View::new(scratch, g.inputs));
+        let product = Gemm::new((n, g.inputs, k), gradient, w, View::new(dx, g.inputs));
+        self.device.gemm("gemm backward", product)
+    }
+}
+
+/// `out[i] = table[index[i]]`.
+fn gather(
+    device: &Device,
+    (table, ldt): (u64, usize),
+    index: u64,
+    out: u64,
+    width: usize,
+    rows: usize,
+) -> Result<(), CudaError> {
+    let [ldt, width] = [ldt, width].map(|v| v as i32);
+    // SAFETY: the caller's matrices and indices.
+    unsafe {
+        let args = args![table, ldt, index, out, width, width];
+        device.launch(("layer.cu", "gather_rows"), [rows, 1], 256, 0, args)
+    }
+}
