@@ -63,8 +63,10 @@ impl CudaLearner {
             Dtype::F32 => GpuDtype::F32,
             Dtype::Auto | Dtype::Bf16 => GpuDtype::Bf16,
         };
-        let gpu = Gpu::open(ordinal, dtype).map_err(stage_error)?;
-        if dtype == GpuDtype::Bf16 && !gpu.has_bf16() {
+        let mut gpu = Gpu::open(ordinal, dtype).map_err(stage_error)?;
+        if params.dtype == Dtype::Auto && !gpu.has_bf16() {
+            gpu = Gpu::open(ordinal, GpuDtype::F32).map_err(stage_error)?;
+        } else if dtype == GpuDtype::Bf16 && !gpu.has_bf16() {
             return Err(StageError::input(format!("{} has no bf16", gpu.name()))
                 .help("set `dtype: f32`, which is slower"));
         }
