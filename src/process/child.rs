@@ -72,7 +72,7 @@ fn answer(kinds: Kinds<'_>, path: &Path, events: File) -> Result<Outcome, StageE
     let kind = kinds
         .get(&request.kind)
         .ok_or_else(|| StageError::internal(format!("no stage kind `{}`", request.kind)))?;
-    let mut reporter = Reporter::new(Box::new(events));
+    let mut reporter = Reporter::new(Box::new(events)).with_log(Box::new(std::io::stderr()));
     let run = AssertUnwindSafe(|| kind.run(&request, &mut reporter));
     std::panic::catch_unwind(run).unwrap_or_else(|panic| {
         let said = panic

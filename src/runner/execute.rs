@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -10,9 +9,7 @@ use std::sync::mpsc::Sender;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use contract::{
-    Fault, Outcome, OutputForm, PROTOCOL, Progress, Request, StageError, UpstreamRecord,
-};
+use contract::{Fault, Outcome, OutputForm, PROTOCOL, Request, StageError, UpstreamRecord};
 
 use super::{Message, shared, slots};
 use crate::cache::{
@@ -186,13 +183,7 @@ fn attempt(
     let process = StageProcess::start(job.stage, &request_path, &job.log)?;
     let name = &job.stage.name;
     let _ = sender.send(Message::Started { stage: name.clone(), stopper: process.stopper() });
-    let mut log = fs::File::options().append(true).open(&job.log).ok();
     let outcome = process.wait(&request, |progress| {
-        if let (Progress::Log { message } | Progress::Warning { message }, Some(log)) =
-            (&progress, &mut log)
-        {
-            let _ = writeln!(log, "{message}");
-        }
         let _ = sender.send(Message::Progress { stage: name.clone(), progress });
     })?;
     let seconds = clock.elapsed().as_secs_f64();

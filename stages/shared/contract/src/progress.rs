@@ -49,12 +49,20 @@ pub enum Progress {
 /// Sends [`Progress`] to the engine. Never fails: a stage does not stop because nobody listens.
 pub struct Reporter {
     sink: Box<dyn Write + Send>,
+    log: Option<Box<dyn Write + Send>>,
 }
 
 impl Reporter {
     /// Writes JSON lines to `sink`.
     pub fn new(sink: Box<dyn Write + Send>) -> Self {
-        Self { sink }
+        Self { sink, log: None }
+    }
+
+    /// Also writes the text of messages and warnings to `log`: from here, so that it stands in order
+    /// with what the stage's own programs print there.
+    #[must_use]
+    pub fn with_log(self, log: Box<dyn Write + Send>) -> Self {
+        Self { log: Some(log), ..self }
     }
 
     /// Drops everything; for tests.
@@ -64,6 +72,12 @@ impl Reporter {
 
     /// Sends one event.
     pub fn send(&mut self, progress: &Progress) {
+        if let (Progress::Log { message } | Progress::Warning { message }, Some(log)) =
+            (progress, &mut self.log)
+        {
+            let _ = writeln!(log, "{message}");
+            let _ = log.flush();
+        }
         if let Ok(mut line) = serde_json::to_vec(progress) {
             line.push(b'\n');
             let _ = self.sink.write_all(&line);

@@ -1,5 +1,5 @@
 //! Checks the training step against the CPU's and times it:
-//! `step check FOLDER...` (folders with `f32` and `adapter`) or
+//! `step check FOLDER...` (folders with `f32`, `nf4` and `adapter`) or
 //! `step time SHAPE keep|recompute STEPS` (SHAPE: qwen2.5-3b, smollm2-135m).
 #![allow(clippy::print_stdout, clippy::unwrap_used, reason = "an example")]
 
@@ -13,7 +13,9 @@ use model::{Adapter, LoraConfig, MicroBatch, Model, PROJECTIONS};
 fn main() {
     let args: Vec<String> = std::env::args().skip(1).collect();
     match args[0].as_str() {
-        "check" => args[1..].iter().for_each(|folder| check(Path::new(folder))),
+        "check" => args[1..].iter().for_each(|folder| {
+            ["f32", "nf4"].iter().for_each(|weights| check(Path::new(folder), weights));
+        }),
         _ => time(&args[1], &args[2], args[3].parse().unwrap()),
     }
 }
@@ -23,8 +25,8 @@ fn norm(x: impl Iterator<Item = f32>) -> f64 {
 }
 
 /// Loss and every factor's gradient, on ragged segments with holes in the targets.
-fn check(folder: &Path) {
-    let model = Model::load(&folder.join("f32")).unwrap();
+fn check(folder: &Path, weights: &str) {
+    let model = Model::load(&folder.join(weights)).unwrap();
     let adapter = Adapter::load_peft(&folder.join("adapter"), &model).unwrap();
     let config = model.config().clone();
     let cu = [0, 1, 40, 47, 120, 200];
@@ -44,7 +46,7 @@ fn check(folder: &Path) {
         let mut bits: Option<Vec<u32>> = None;
         for activations in [Activations::Keep, Activations::Recompute] {
             let device = Device::open(0, dtype).unwrap();
-            let frozen = Frozen::load(&device, &folder.join("f32")).unwrap();
+            let frozen = Frozen::load(&device, &folder.join(weights)).unwrap();
             let lora = Lora::new(&device, &config, &adapter).unwrap();
             let step = Step::new(&device, &frozen, &lora, 256, activations).unwrap();
             step.run(&device, &frozen, &lora, batch, 0.25).unwrap();
@@ -64,7 +66,7 @@ fn check(folder: &Path) {
             let own: Vec<u32> = gradient.iter().map(|g| g.to_bits()).collect();
             let same = bits.as_ref().is_none_or(|b| *b == own);
             println!(
-                "{} {dtype:?} {activations:?}: loss off {:.1e}, gradients at worst {:.1e} ({}), same bits {same}",
+                "{} {weights} {dtype:?} {activations:?}: loss off {:.1e}, gradients at worst {:.1e} ({}), same bits {same}",
                 folder.file_name().unwrap().to_string_lossy(),
                 (got - loss).abs() / loss,
                 worst.0,

@@ -1,6 +1,6 @@
 // bitsandbytes NF4 (Dettmers et al., 2023): blocks of 64 along the row-major weight, two codes a
 // byte with the first in the high nibble; w = value[code] * absmax[block]. With double quantisation
-// absmax[b] = map[byte[b]] * nested[b / 256] + offset.
+// absmax[b] = map[byte[b]] * nested[b / 256] + offset, each operation rounded.
 __device__ const float NF4[16] = {
     -1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f,
     -0.18477343022823334f, -0.09105003625154495f, 0.0f, 0.07958029955625534f, 0.16093020141124725f,
@@ -8,10 +8,11 @@ __device__ const float NF4[16] = {
     0.7229568362236023f, 1.0f};
 
 // Decodes rows of `cols` elements (a multiple of 8) to `out` with row stride `ld`. A warp reads 128
-// bytes and writes whole lines; a thread has four such loads under way.
-extern "C" __global__ void nf4_decode(const u8* codes, const u8* absmax, const float* map,
-                                      const float* nested, float offset, T* out, int cols, int ld,
-                                      u64 count) {
+// bytes and writes whole lines; a thread has four such loads under way. `scales` is map and nested,
+// or null where absmax is f32.
+extern "C" __global__ void nf4_decode(const u8* codes, const u8* absmax, const float* scales,
+                                      float offset, T* out, int cols, int ld, u64 count) {
+  const float *map = scales, *nested = scales + 256;
   __shared__ float value[16];
   if (threadIdx.x < 16) value[threadIdx.x] = NF4[threadIdx.x];
   __syncthreads();
@@ -23,7 +24,8 @@ extern "C" __global__ void nf4_decode(const u8* codes, const u8* absmax, const f
     u32 at = first + k * step, block = at / 64;
     if (at < count) {
       packed[k] = *(const u32*)(codes + at / 2);
-      scale[k] = map[absmax[block]] * nested[block / 256] + offset;
+      scale[k] = scales ? __fadd_rn(__fmul_rn(map[absmax[block]], nested[block / 256]), offset)
+                        : ((const float*)absmax)[block];
     }
   }
 #pragma unroll

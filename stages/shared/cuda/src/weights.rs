@@ -2,27 +2,33 @@
 
 use std::path::Path;
 
-use checkpoint::{ModelConfig, ModelFolder, Weights};
+use checkpoint::{Absmax, FloatType, LinearWeight, ModelConfig, ModelFolder, Nf4, Weights};
 
 use crate::adapter::{Group, first_row};
 use crate::device::{Buffer, Device, args};
-use crate::{CudaError, Lora};
+use crate::{CudaError, Dtype, Lora};
 
 /// A frozen matrix `[out, in]`.
 pub enum Linear {
     /// In the device's type.
     Plain(Buffer),
-    /// NF4 with double quantisation, as bitsandbytes stores it.
+    /// NF4 as bitsandbytes stores it.
     Nf4 {
         /// Two codes a byte.
         codes: Buffer,
-        /// A byte for every block of 64.
+        /// For every block of 64: a byte with double quantisation, else an f32.
         absmax: Buffer,
-        /// Scale of every 256 of those bytes, f32.
-        nested: Buffer,
-        /// Added to every decoded scale.
-        offset: f32,
+        /// With double quantisation.
+        nested: Option<Nested>,
     },
+}
+
+/// Scales of the scales.
+pub struct Nested {
+    /// Values of the 256 bytes, then the scale of every 256 bytes, f32.
+    map_and_scales: Buffer,
+    /// Added to every decoded scale.
+    offset: f32,
 }
 
 struct Layer {
@@ -40,8 +46,6 @@ pub struct Frozen {
     head: Option<Buffer>,
     pub(crate) norm: Buffer,
     layers: Vec<Layer>,
-    /// bitsandbytes' dynamic map of absmax bytes.
-    map: Buffer,
 }
 
 /// Names of the projections' weights without layer and suffix.
@@ -70,8 +74,45 @@ fn shape(c: &ModelConfig, projection: usize) -> (usize, usize) {
     ][projection]
 }
 
+impl Linear {
+    /// A weight on the device. It stays in four bits where decoding there gives the bits that
+    /// decoding here would.
+    fn upload(device: &Device, weight: LinearWeight) -> Result<Self, CudaError> {
+        match weight {
+            LinearWeight::Nf4(weight) if decodes_on(device, &weight) => {
+                let codes = device.upload(weight.packed())?;
+                let (absmax, nested) = match weight.absmax() {
+                    Absmax::Plain(scales) => (device.upload_f32(scales)?, None),
+                    Absmax::Nested(n) => {
+                        let scales: Vec<f32> = n.map.iter().chain(&n.absmax).copied().collect();
+                        let map_and_scales = device.upload_f32(&scales)?;
+                        let nested = Nested { map_and_scales, offset: n.offset };
+                        (device.upload(&n.codes)?, Some(nested))
+                    }
+                };
+                Ok(Self::Nf4 { codes, absmax, nested })
+            }
+            other => Ok(Self::Plain(device.upload(&device.dtype.encode(&other.into_f32()))?)),
+        }
+    }
+}
+
+/// Whether the kernel handles the blocks of this weight, and rounds as the weight asks.
+fn decodes_on(device: &Device, weight: &Nf4) -> bool {
+    let rounds_alike = match weight.dtype() {
+        FloatType::F32 => true,
+        FloatType::Bf16 => device.dtype == Dtype::Bf16,
+        FloatType::F16 => false,
+    };
+    let nested = match weight.absmax() {
+        Absmax::Plain(_) => true,
+        Absmax::Nested(nested) => nested.block_size == 256,
+    };
+    rounds_alike && nested && weight.block_size() == 64 && weight.shape()[1].is_multiple_of(8)
+}
+
 impl Frozen {
-    /// Loads a model folder, decoded to the device's type.
+    /// Loads a model folder: four-bit weights as they are stored, others in the device's type.
     ///
     /// # Errors
     /// [`CudaError`] naming what is missing.
@@ -92,7 +133,8 @@ impl Frozen {
             for (projection, name) in NAMES.iter().enumerate() {
                 let (inputs, outputs) = shape(&config, projection);
                 let name = format!("{prefix}.{name}");
-                linears.push(Linear::Plain(plain(&format!("{name}.weight"), &[outputs, inputs])?));
+                let stored = weights.load_linear(&format!("{name}.weight"), [outputs, inputs]);
+                linears.push(Linear::upload(device, stored.map_err(wrong)?)?);
                 if config.qkv_bias && projection < 3 {
                     bias.extend(load(&format!("{name}.bias"), &[outputs])?);
                 }
@@ -112,7 +154,6 @@ impl Frozen {
             head: untied.then(|| plain("lm_head.weight", &table)).transpose()?,
             norm: norm("model.norm.weight")?,
             layers,
-            map: device.upload_f32(&[0.0; 256])?,
             config,
         })
     }
@@ -136,12 +177,12 @@ impl Frozen {
                 let blocks = (inputs * outputs).div_ceil(64);
                 // Codes average 0.45 of the scale in magnitude.
                 let scale = 2.2 / (inputs as f32).sqrt();
-                linears.push(Linear::Nf4 {
-                    codes: bytes(inputs * outputs / 2)?,
-                    absmax: bytes(blocks)?,
-                    nested: device.upload_f32(&vec![0.1 * scale; blocks.div_ceil(256)])?,
-                    offset: scale,
-                });
+                let (codes, absmax) = (bytes(inputs * outputs / 2)?, bytes(blocks)?);
+                let mut scales: Vec<f32> = (0..256).map(|i| (i as f32 - 127.5) / 127.5).collect();
+                scales.resize(256 + blocks.div_ceil(256), 0.1 * scale);
+                let map_and_scales = device.upload_f32(&scales)?;
+                let nested = Some(Nested { map_and_scales, offset: scale });
+                linears.push(Linear::Nf4 { codes, absmax, nested });
             }
             let width = shape(&config, 0).1 + 2 * shape(&config, 1).1;
             let bias = config.qkv_bias.then(|| device.zeros(width as u64 * device.dtype.size()));
@@ -161,9 +202,7 @@ impl Frozen {
                 args![ptr, seed, scale, number],
             )?;
         }
-        let map: Vec<f32> = (0..256).map(|i| (i as f32 - 127.5) / 127.5).collect();
-        let (norm, map) = (ones()?, device.upload_f32(&map)?);
-        Ok(Self { embed, head: None, norm, layers, map, config })
+        Ok(Self { embed, head: None, norm: ones()?, layers, config })
     }
 
     pub(crate) fn head(&self) -> u64 {
@@ -241,9 +280,11 @@ impl Frozen {
                 Linear::Plain(weight) => {
                     copy_columns(device, (weight.ptr(), inputs), (to, ld), inputs, outputs)?;
                 }
-                Linear::Nf4 { codes, absmax, nested, offset } => {
-                    let (codes, absmax, nested) = (codes.ptr(), absmax.ptr(), nested.ptr());
-                    let (map, columns, ld) = (self.map.ptr(), inputs as i32, ld as i32);
+                Linear::Nf4 { codes, absmax, nested } => {
+                    let (codes, absmax) = (codes.ptr(), absmax.ptr());
+                    let scales = nested.as_ref().map_or(0, |n| n.map_and_scales.ptr());
+                    let offset = nested.as_ref().map_or(0.0, |n| n.offset);
+                    let (columns, ld) = (inputs as i32, ld as i32);
                     let count = (inputs * outputs) as u64;
                     let grid = [(inputs * outputs).div_ceil(4 * 8 * 256), 1];
                     // SAFETY: the buffers hold a matrix of this shape; scratch holds the operand.
@@ -253,7 +294,7 @@ impl Frozen {
                             grid,
                             256,
                             0,
-                            args![codes, absmax, map, nested, *offset, to, columns, ld, count],
+                            args![codes, absmax, scales, offset, to, columns, ld, count],
                         )?;
                     }
                 }
