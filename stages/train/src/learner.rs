@@ -1,54 +1,64 @@
 //! What the training loop needs of a model: the one place where a device is chosen.
 //!
-//! The loop knows a flat buffer of parameters and how to get a loss and a gradient for it; a backend
-//! is an implementation of [`Learner`].
+//! The loop knows steps made of micro-batches; parameters, gradient and optimiser are the learner's,
+//! wherever they lie. On a CPU a [`HostModel`] gives a loss and a gradient over a flat buffer.
 
 use std::ops::Range;
 use std::path::Path;
 
 #[cfg(feature = "cuda")]
 mod gpu;
+mod host;
 
-use contract::StageError;
+use contract::{Reporter, StageError};
 use model::{Adapter, DropoutKey, Loss, MicroBatch, Model, ModelConfig};
+use serde_json::Value;
 
 use crate::params::{Device, Dtype, Params};
 
 #[cfg(feature = "cuda")]
 pub(crate) use gpu::CudaLearner;
+pub(crate) use host::{HostLearner, HostModel};
 
-/// A model with a trainable buffer.
+/// A model in training: its parameters, their gradient and the optimiser.
 pub(crate) trait Learner {
-    /// The parameters.
-    fn values(&self) -> &[f32];
-
-    /// The parameters, for the optimiser.
-    fn values_mut(&mut self) -> &mut [f32];
-
-    /// The tensors inside the buffer, which they tile.
-    fn tensors(&self) -> Vec<Range<usize>>;
-
-    /// Makes ready for micro-batches of up to `tokens` tokens.
-    fn prepare(&mut self, _tokens: usize) -> Result<(), StageError> {
-        Ok(())
+    /// Makes ready for micro-batches of up to `batch` tokens in rows of up to `row`. Returns the
+    /// seconds that a token takes, where that is known before training starts.
+    fn prepare(
+        &mut self,
+        _batch: usize,
+        _row: usize,
+        _reporter: &mut Reporter,
+    ) -> Result<Option<f64>, StageError> {
+        Ok(None)
     }
 
-    /// Adds the gradient of `scale * sum of token losses` to `grad`, here or when it is collected.
-    fn loss_and_grad(
-        &self,
+    /// Adds the gradient of `scale * sum of token losses` to the step's, and that sum to its loss.
+    fn micro_batch(
+        &mut self,
         batch: MicroBatch<'_>,
         scale: f32,
         dropout: DropoutKey,
-        grad: &mut [f32],
-    ) -> Result<Loss, StageError>;
+    ) -> Result<(), StageError>;
 
-    /// Adds to `grad` what the micro-batches of a step left elsewhere.
-    fn collect(&self, _grad: &mut [f32]) -> Result<(), StageError> {
-        Ok(())
-    }
+    /// Ends the step's micro-batches: the sum of their token losses, and the gradient's global norm.
+    fn gradient(&mut self) -> Result<(f64, f64), StageError>;
+
+    /// Clips the gradient, moves the parameters, and zeroes the gradient.
+    fn update(&mut self, learning_rate: f64) -> Result<(), StageError>;
 
     /// Sum of token losses, without dropout.
     fn loss(&self, batch: MicroBatch<'_>) -> Result<Loss, StageError>;
+
+    /// The parameters.
+    fn values(&self) -> Result<Vec<f32>, StageError>;
+
+    /// Appends to `out` all that the next step depends on: parameters and the optimiser's states.
+    fn write_state(&self, out: &mut Vec<u8>) -> Result<(), StageError>;
+
+    /// Takes back what [`Learner::write_state`] wrote; false, and nothing changed, where it is of
+    /// another shape or kind.
+    fn read_state(&mut self, bytes: &[u8]) -> Result<bool, StageError>;
 }
 
 /// A learner of a decoder's adapter.
@@ -59,9 +69,9 @@ pub(crate) trait DecoderLearner: Learner {
     /// Backend and device, for provenance.
     fn backend(&self) -> (String, String);
 
-    /// Most bytes of device memory held so far, where the device has its own.
-    fn peak_device_bytes(&self) -> Option<u64> {
-        None
+    /// What it did on its own judgement and what that took, for telemetry.
+    fn choices(&self) -> Vec<(&'static str, Value)> {
+        Vec::new()
     }
 
     /// Writes `values` as a PEFT folder.
@@ -69,12 +79,12 @@ pub(crate) trait DecoderLearner: Learner {
 }
 
 /// A decoder with its adapter on the CPU, in f32.
-pub(crate) struct CpuLearner {
+pub(crate) struct CpuModel {
     model: Model,
     adapter: Adapter,
 }
 
-impl CpuLearner {
+impl HostLearner<CpuModel> {
     /// Loads the model, and the adapter to start from where there is one.
     pub(crate) fn load(
         params: &Params,
@@ -93,21 +103,21 @@ impl CpuLearner {
                 adapter
             }
         };
-        Ok(Self { model, adapter })
+        Ok(Self::new(CpuModel { model, adapter }, params))
     }
 }
 
-impl DecoderLearner for CpuLearner {
+impl DecoderLearner for HostLearner<CpuModel> {
     fn config(&self) -> &ModelConfig {
-        self.model.config()
+        self.model().model.config()
     }
 
     fn backend(&self) -> (String, String) {
-        self.model.backend()
+        self.model().model.backend()
     }
 
     fn save(&self, values: &[f32], folder: &Path, base: &str) -> Result<(), StageError> {
-        let adapter = Adapter { values: values.to_vec(), ..self.adapter.clone() };
+        let adapter = Adapter { values: values.to_vec(), ..self.model().adapter.clone() };
         Ok(adapter.save_peft(folder, base)?)
     }
 }
@@ -147,7 +157,7 @@ fn check_same(params: &Params, adapter: &Adapter) -> Result<(), StageError> {
     Err(error.help("set `lora` to what the adapter was trained with"))
 }
 
-impl Learner for CpuLearner {
+impl HostModel for CpuModel {
     fn values(&self) -> &[f32] {
         &self.adapter.values
     }

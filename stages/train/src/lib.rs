@@ -27,7 +27,7 @@ use model::ModelConfig;
 use serde_json::{Map, Value, json};
 
 use crate::error::TrainError;
-use crate::learner::{CpuLearner, DecoderLearner};
+use crate::learner::{DecoderLearner, HostLearner};
 #[cfg(feature = "cuda")]
 use crate::params::Device;
 use crate::params::{Params, Select};
@@ -102,7 +102,7 @@ fn train(request: &Request, reporter: &mut Reporter) -> Result<Outcome, StageErr
             return train_with(learner, &params, request, reporter);
         }
     }
-    train_with(CpuLearner::load(&params, model, init)?, &params, request, reporter)
+    train_with(HostLearner::load(&params, model, init)?, &params, request, reporter)
 }
 
 fn train_with(
@@ -149,7 +149,7 @@ fn read_rows(
 
 fn outcome(finished: &Finished, learner: &impl DecoderLearner) -> Outcome {
     let meter = &finished.meter;
-    let telemetry = json!({
+    let mut telemetry = map(json!({
         "steps": finished.log.len(),
         "selected_step": finished.selected_step,
         "resumed_from_step": finished.resumed_from,
@@ -157,11 +157,11 @@ fn outcome(finished: &Finished, learner: &impl DecoderLearner) -> Outcome {
         "step_seconds": meter.step_seconds(),
         "eval_seconds": meter.eval_seconds(),
         "peak_memory_bytes": meter::peak_memory(),
-        "peak_device_bytes": learner.peak_device_bytes(),
-    });
+    }));
+    telemetry.extend(learner.choices().into_iter().map(|(name, value)| (name.to_owned(), value)));
     let (backend, device) = learner.backend();
     let provenance = json!({ "backend": backend, "device": device });
-    Outcome { telemetry: map(telemetry), provenance: map(provenance), ..Outcome::default() }
+    Outcome { telemetry, provenance: map(provenance), ..Outcome::default() }
 }
 
 fn map(value: Value) -> Map<String, Value> {

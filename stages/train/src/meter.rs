@@ -46,13 +46,28 @@ impl Meter {
         self.train_seconds += start.elapsed().as_secs_f64();
         self.trained_tokens += tokens as u64;
         if !self.has_estimated {
-            self.has_estimated = true;
-            reporter.send(&Progress::Estimate {
-                seconds: Some(self.estimate()),
-                bytes: peak_memory(),
-                basis: "measured on one micro-batch".to_owned(),
-            });
+            let per_token = self.train_seconds / self.trained_tokens.max(1) as f64;
+            self.send_estimate(per_token, "measured on one micro-batch", reporter);
         }
+        result
+    }
+
+    /// Says how long the run will take where a token of training takes that many seconds.
+    pub(crate) fn send_estimate(&mut self, per_token: f64, basis: &str, reporter: &mut Reporter) {
+        self.has_estimated = true;
+        let tokens = self.train_tokens_left as f64 + EVALUATION_COST * self.eval_tokens_left as f64;
+        reporter.send(&Progress::Estimate {
+            seconds: Some(tokens * per_token),
+            bytes: peak_memory(),
+            basis: basis.to_owned(),
+        });
+    }
+
+    /// Times what else belongs to a step.
+    pub(crate) fn training<T>(&mut self, work: impl FnOnce() -> T) -> T {
+        let start = Instant::now();
+        let result = work();
+        self.train_seconds += start.elapsed().as_secs_f64();
         result
     }
 
@@ -67,11 +82,6 @@ impl Meter {
     /// Counts a finished step.
     pub(crate) fn step_done(&mut self) {
         self.steps += 1;
-    }
-
-    fn estimate(&self) -> f64 {
-        let work = self.train_tokens_left as f64 + EVALUATION_COST * self.eval_tokens_left as f64;
-        work * self.train_seconds / self.trained_tokens.max(1) as f64
     }
 
     /// Tokens trained on per second of this attempt.

@@ -1,29 +1,25 @@
 //! What a checkpoint holds, as bytes: everything that the next step depends on.
 //!
 //! Layout, little-endian: `pipe-train`, format version u32, number of steps done u64, one
-//! [`LogLine`] a step (eight numbers of 8 bytes), best evaluation loss f64 (NaN for none), then f32
-//! the adapter's values, those of the best adapter so far where there is one, and the optimiser's
-//! states. Numbers are bits, never text: a resumed run must write the same log. Rows and dropout
+//! [`LogLine`] a step (eight numbers of 8 bytes), best evaluation loss f64 (NaN for none), the number
+//! of values of the best adapter so far u64 (0 for none) and those values f32; then what the learner
+//! writes. Numbers are bits, never text: a resumed run must write the same log. Rows and dropout
 //! masks follow from the step alone.
 
 use crate::log::LogLine;
-use crate::optimizer::{Optimizer, read_f32};
+use crate::optimizer::read_f32;
 
 const MAGIC: &[u8] = b"pipe-train";
 /// Changes with the layout; a checkpoint of another version is not adopted.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 
-/// A run after some of its steps.
-#[derive(Clone, Debug, PartialEq)]
+/// A run after some of its steps, the learner's part apart.
+#[derive(Clone, Debug, Default, PartialEq)]
 pub(crate) struct State {
     /// One line for each step done.
     pub(crate) log: Vec<LogLine>,
-    /// The adapter.
-    pub(crate) values: Vec<f32>,
     /// The best adapter so far and its evaluation loss, where the best is wanted.
     pub(crate) best: Option<(f64, Vec<f32>)>,
-    /// The optimiser.
-    pub(crate) optimizer: Optimizer,
 }
 
 impl State {
@@ -32,27 +28,24 @@ impl State {
         self.log.len() as u64
     }
 
-    /// The state as bytes.
+    /// The state as bytes, which the learner's follow.
     pub(crate) fn to_bytes(&self) -> Vec<u8> {
-        let mut out = Vec::with_capacity(64 * self.log.len() + 16 * self.values.len());
+        let (loss, values) = self.best.as_ref().map_or((f64::NAN, &[][..]), |(l, v)| (*l, v));
+        let mut out = Vec::with_capacity(64 * (self.log.len() + 1) + 4 * values.len());
         out.extend_from_slice(MAGIC);
         out.extend(FORMAT.to_le_bytes());
         out.extend(self.step().to_le_bytes());
         for line in &self.log {
             out.extend(numbers(line).into_iter().flat_map(u64::to_le_bytes));
         }
-        let best_loss = self.best.as_ref().map_or(f64::NAN, |(loss, _)| *loss);
-        out.extend(best_loss.to_le_bytes());
-        out.extend(self.values.iter().flat_map(|v| v.to_le_bytes()));
-        if let Some((_, best)) = &self.best {
-            out.extend(best.iter().flat_map(|v| v.to_le_bytes()));
-        }
-        self.optimizer.write(&mut out);
+        out.extend(loss.to_le_bytes());
+        out.extend((values.len() as u64).to_le_bytes());
+        out.extend(values.iter().flat_map(|v| v.to_le_bytes()));
         out
     }
 
-    /// The state in `bytes`, in the shape of `self`; `None` where they are of another run or format.
-    pub(crate) fn adopt(&self, bytes: &[u8]) -> Option<Self> {
+    /// The state at the front of `bytes`, and the rest; `None` where they are of another format.
+    pub(crate) fn from_bytes(bytes: &[u8]) -> Option<(Self, &[u8])> {
         let rest = bytes.strip_prefix(MAGIC)?;
         let (format, mut rest) = rest.split_first_chunk::<4>()?;
         if u32::from_le_bytes(*format) != FORMAT {
@@ -67,18 +60,15 @@ impl State {
             }
             log.push(from_numbers(line));
         }
-        let best_loss = f64::from_bits(read_u64(&mut rest)?);
-        let mut values = self.values.clone();
-        read_f32(&mut values, &mut rest)?;
-        let mut best = None;
-        if !best_loss.is_nan() {
-            let mut values = self.values.clone();
-            read_f32(&mut values, &mut rest)?;
-            best = Some((best_loss, values));
+        let loss = f64::from_bits(read_u64(&mut rest)?);
+        let count = usize::try_from(read_u64(&mut rest)?).ok()?;
+        if count > rest.len() / 4 {
+            return None;
         }
-        let mut optimizer = self.optimizer.clone();
-        optimizer.read(rest)?;
-        Some(Self { log, values, best, optimizer })
+        let mut values = vec![0.0; count];
+        read_f32(&mut values, &mut rest)?;
+        let best = (!loss.is_nan()).then_some((loss, values));
+        Some((Self { log, best }, rest))
     }
 }
 
@@ -121,42 +111,29 @@ fn read_u64(bytes: &mut &[u8]) -> Option<u64> {
 #[allow(clippy::unwrap_used, reason = "tests")]
 mod tests {
     use super::*;
-    use crate::optimizer::{AdamConfig, OptimizerKind};
-
-    fn state(kind: OptimizerKind) -> State {
-        let config = AdamConfig { kind, betas: [0.9, 0.999], eps: 1e-8, weight_decay: 0.01 };
-        let optimizer = Optimizer::new(config, &[0..5000, 5000..5003]);
-        State { log: vec![], values: vec![0.0; 5003], best: None, optimizer }
-    }
 
     #[test]
     fn written_state_reads_back_exactly() {
-        for kind in [OptimizerKind::Adamw, OptimizerKind::Adamw8bit] {
-            let mut trained = state(kind);
-            let grad: Vec<f32> = (0..5003).map(|i| (i as f32).sin()).collect();
-            trained.optimizer.update(1e-2, &mut trained.values, &grad);
-            trained.best = Some((0.1 + 0.2, grad));
-            trained.log.push(LogLine {
-                step: 1,
-                epoch: 1.0 / 3.0,
-                loss: 0.7,
-                learning_rate: 1e-2,
-                grad_norm: 50.0,
-                targets: 3,
-                tokens: 4,
-                eval_loss: Some(0.1 + 0.2),
-            });
-            let bytes = trained.to_bytes();
-            assert_eq!(state(kind).adopt(&bytes), Some(trained));
-            for cut in [0, 5, 20, bytes.len() - 1] {
-                assert_eq!(state(kind).adopt(&bytes[..cut]), None);
+        let line = LogLine {
+            step: 1,
+            epoch: 1.0 / 3.0,
+            loss: 0.7,
+            learning_rate: 1e-2,
+            grad_norm: 50.0,
+            targets: 3,
+            tokens: 4,
+            eval_loss: Some(0.1 + 0.2),
+        };
+        let values: Vec<f32> = (0..5003).map(|i| (i as f32).sin()).collect();
+        for best in [None, Some((0.1 + 0.2, values))] {
+            let state = State { log: vec![line.clone(); 2], best };
+            let mut bytes = state.to_bytes();
+            let end = bytes.len();
+            bytes.extend(b"the learner's");
+            assert_eq!(State::from_bytes(&bytes), Some((state, &b"the learner's"[..])));
+            for cut in [0, 5, 20, end - 1] {
+                assert_eq!(State::from_bytes(&bytes[..cut]), None);
             }
         }
-    }
-
-    #[test]
-    fn a_checkpoint_of_another_optimiser_is_not_adopted() {
-        let bytes = state(OptimizerKind::Adamw).to_bytes();
-        assert_eq!(state(OptimizerKind::Adamw8bit).adopt(&bytes), None);
     }
 }

@@ -11,7 +11,6 @@ use crate::guard::Guard;
 use crate::learner::Learner;
 use crate::log::LogLine;
 use crate::meter::Meter;
-use crate::optimizer::{Optimizer, clip, global_norm};
 use crate::order::DataOrder;
 use crate::params::{Params, Select};
 use crate::rows::PackedRows;
@@ -78,62 +77,62 @@ impl<'a, L: Learner> Trainer<'a, L> {
     pub(crate) fn run(mut self, reporter: &mut Reporter) -> Result<Finished, TrainError> {
         let total = self.total_steps();
         let batch = self.params.batch_size;
-        let longest = self.eval.map_or(0, |eval| eval.longest(batch));
-        self.learner.prepare(longest.max(self.train.longest(batch)))?;
-        let (mut state, resumed_from) = self.start(reporter);
+        let longest =
+            |batch| self.eval.map_or(0, |eval| eval.longest(batch)).max(self.train.longest(batch));
+        let seconds_per_token = self.learner.prepare(longest(batch), longest(1), reporter)?;
+        let (mut state, resumed_from) = self.start(reporter)?;
         let mut guard = Guard::new(self.params.spike);
         state.log.iter().for_each(|line| {
             guard.observe(line.loss);
         });
         let (train_tokens, eval_tokens) = self.tokens_from(resumed_from);
         let mut meter = Meter::start(train_tokens, eval_tokens);
+        if let Some(seconds) = seconds_per_token {
+            meter.send_estimate(seconds, "measured on two micro-batches", reporter);
+        }
         while state.step() < total {
-            let mut line = self.step(&mut state, &mut guard, &mut meter, reporter)?;
+            let mut line = self.step(&state, &mut guard, &mut meter, reporter)?;
             if let Some(eval) = self.eval.filter(|_| self.evaluates_after(line.step)) {
                 let loss = meter.evaluation(|| self.evaluate(eval))?;
                 line.eval_loss = Some(loss);
-                self.remember_best(&mut state, loss);
+                self.remember_best(&mut state, loss)?;
             }
             report(&line, total, &meter, reporter);
             let done = line.step;
             state.log.push(line);
             let due = done.is_multiple_of(self.params.checkpoint_steps);
             if due && done < total && !guard.is_suspicious() {
-                self.checkpoints.save(done, &state.to_bytes())?;
+                let mut bytes = state.to_bytes();
+                self.learner.write_state(&mut bytes)?;
+                self.checkpoints.save(done, &bytes)?;
                 self.kept = done;
             }
         }
-        Ok(self.finish(state, resumed_from, meter))
+        self.finish(state, resumed_from, meter)
     }
 
-    /// The newest checkpoint, else the learner's own values. Puts the values into the learner.
-    fn start(&mut self, reporter: &mut Reporter) -> (State, u64) {
-        let fresh = State {
-            log: Vec::new(),
-            values: self.learner.values().to_vec(),
-            best: None,
-            optimizer: Optimizer::new(self.params.adam(), &self.learner.tensors()),
+    /// The newest checkpoint, which the learner takes its part of; else the beginning.
+    fn start(&mut self, reporter: &mut Reporter) -> Result<(State, u64), TrainError> {
+        let Some((sequence, bytes)) = self.checkpoints.latest() else {
+            return Ok((State::default(), 0));
         };
-        let Some((sequence, bytes)) = self.checkpoints.latest() else { return (fresh, 0) };
-        match fresh.adopt(&bytes) {
-            Some(state) if state.step() <= self.total_steps() => {
-                reporter.log(format!("resumed after step {}", state.step()));
-                self.learner.values_mut().copy_from_slice(&state.values);
-                self.kept = state.step();
-                let step = state.step();
-                (state, step)
-            }
-            _ => {
-                reporter.warn(format!("checkpoint {sequence} is of another run: starting anew"));
-                (fresh, 0)
-            }
+        if let Some((state, rest)) = State::from_bytes(&bytes)
+            && state.step() <= self.total_steps()
+            && self.learner.read_state(rest)?
+        {
+            let step = state.step();
+            reporter.log(format!("resumed after step {step}"));
+            self.kept = step;
+            return Ok((state, step));
         }
+        reporter.warn(format!("checkpoint {sequence} is of another run: starting anew"));
+        Ok((State::default(), 0))
     }
 
     /// One optimiser step; its log line lacks the evaluation.
     fn step(
         &mut self,
-        state: &mut State,
+        state: &State,
         guard: &mut Guard,
         meter: &mut Meter,
         reporter: &mut Reporter,
@@ -144,26 +143,20 @@ impl<'a, L: Learner> Trainer<'a, L> {
         let all: Vec<usize> = rows.micro_batches.concat();
         let targets = self.train.targets(&all);
         let scale = 1.0 / targets.max(1) as f32;
-        let mut grad = vec![0.0; state.values.len()];
-        let mut sum = 0.0;
         for (i, rows_of_batch) in rows.micro_batches.iter().enumerate() {
             let batch = self.train.batch(rows_of_batch);
             let micro_step = rows.first_micro_batch + i as u64;
             let dropout = DropoutKey { seed: self.params.seed, micro_step };
-            let learner = &*self.learner;
-            let loss = meter.micro_batch(batch.len(), reporter, || {
-                learner.loss_and_grad(batch.view(), scale, dropout, &mut grad)
+            let learner = &mut *self.learner;
+            meter.micro_batch(batch.len(), reporter, || {
+                learner.micro_batch(batch.view(), scale, dropout)
             })?;
-            sum += loss.sum;
         }
-        self.learner.collect(&mut grad)?;
+        let (sum, grad_norm) = meter.training(|| self.learner.gradient())?;
         let loss = sum / targets.max(1) as f64;
-        let grad_norm = global_norm(&grad);
         let step = before + 1;
         self.judge(step, loss, grad_norm, learning_rate, guard)?;
-        clip(&mut grad, grad_norm, self.params.max_grad_norm);
-        state.optimizer.update(learning_rate, &mut state.values, &grad);
-        self.learner.values_mut().copy_from_slice(&state.values);
+        meter.training(|| self.learner.update(learning_rate))?;
         meter.step_done();
         Ok(LogLine {
             step,
@@ -214,11 +207,12 @@ impl<'a, L: Learner> Trainer<'a, L> {
         Ok(sum / targets.max(1) as f64)
     }
 
-    fn remember_best(&self, state: &mut State, loss: f64) {
+    fn remember_best(&self, state: &mut State, loss: f64) -> Result<(), TrainError> {
         let improves = state.best.as_ref().is_none_or(|(best, _)| loss < *best);
         if self.params.select == Select::Best && improves && loss.is_finite() {
-            state.best = Some((loss, state.values.clone()));
+            state.best = Some((loss, self.learner.values()?));
         }
+        Ok(())
     }
 
     /// Tokens left to train on and to evaluate after `done` steps.
@@ -231,16 +225,21 @@ impl<'a, L: Learner> Trainer<'a, L> {
         (training, evaluations * per_evaluation)
     }
 
-    fn finish(&self, state: State, resumed_from: u64, meter: Meter) -> Finished {
-        let State { log, values, best, .. } = state;
+    fn finish(
+        &self,
+        state: State,
+        resumed_from: u64,
+        meter: Meter,
+    ) -> Result<Finished, TrainError> {
+        let State { log, best } = state;
         let (values, selected_step) = match best {
             Some((loss, best)) => {
                 let at = log.iter().find(|line| line.eval_loss == Some(loss));
                 (best, at.map_or(self.total_steps(), |line| line.step))
             }
-            None => (values, self.total_steps()),
+            None => (self.learner.values()?, self.total_steps()),
         };
-        Finished { values, log, selected_step, resumed_from, meter }
+        Ok(Finished { values, log, selected_step, resumed_from, meter })
     }
 }
 

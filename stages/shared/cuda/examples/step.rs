@@ -156,6 +156,7 @@ fn time(name: &str, activations: &str, steps: usize) {
         for _ in 0..accumulation {
             step.run(&device, &frozen, &lora, batch, 1.0 / (n * accumulation) as f32).unwrap();
         }
+        optimizer.collect(&device, &lora).unwrap();
         optimizer.update(&device, &lora, 2e-4).unwrap();
         let loss = step.take_loss(&device).unwrap() / (accumulation * (n - rows)) as f64;
         times.push(begin.elapsed().as_secs_f64());

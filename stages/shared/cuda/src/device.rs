@@ -304,6 +304,14 @@ impl Device {
         Ok(self.stream.synchronize()?)
     }
 
+    /// Bytes of memory that the device has.
+    ///
+    /// # Errors
+    /// [`CudaError::Driver`].
+    pub fn total_bytes(&self) -> Result<u64, CudaError> {
+        Ok(self.context.mem_get_info()?.1 as u64)
+    }
+
     /// Peak of the bytes in buffers, in bytes.
     pub fn peak_bytes(&self) -> u64 {
         self.memory.peak.get()

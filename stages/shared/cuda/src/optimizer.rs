@@ -13,6 +13,10 @@ const LEAST_QUANTISED: usize = 4096;
 /// Elements a partial sum of squares covers.
 const PARTIAL: usize = 4096;
 
+const FILE: &str = "optimizer.cu";
+/// Start of states as bytes.
+const MAGIC: &[u8] = b"cuda-adamw";
+
 /// Constants of a run.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct AdamSettings {
@@ -123,7 +127,26 @@ impl Optimizer {
         }
     }
 
-    /// Clips the gradient, updates the masters and their operands, and zeroes the gradient.
+    /// Lays out the gradient of the step and takes its global norm, for [`Optimizer::update`].
+    ///
+    /// # Errors
+    /// [`CudaError::Driver`].
+    pub fn collect(&self, device: &Device, lora: &Lora) -> Result<(), CudaError> {
+        lora.collect(device, self.gradient)?;
+        let (g, partials, norm) = (self.gradient, self.partials.ptr(), self.norm.ptr());
+        let blocks = lora.count.div_ceil(PARTIAL);
+        let (count, number, limit) = (lora.count as u64, blocks as i32, self.settings.clip as f32);
+        // SAFETY: buffers were made for this adapter.
+        unsafe {
+            let kernel = (FILE, "square_partials");
+            device.launch(kernel, [blocks, 1], 256, 0, args![g, count, partials])?;
+            let kernel = (FILE, "clip_factor");
+            device.launch(kernel, [1, 1], 256, 0, args![partials, number, limit, norm])
+        }
+    }
+
+    /// Clips the gradient that was collected, updates the masters and their operands, and zeroes the
+    /// gradient.
     ///
     /// # Errors
     /// [`CudaError::Driver`].
@@ -136,43 +159,72 @@ impl Optimizer {
         self.updates += 1;
         let s = self.scalars(learning_rate);
         let (p, g, norm) = (lora.values.ptr(), self.gradient, self.norm.ptr());
-        lora.collect(device, g)?;
-        let (partials, count) = (self.partials.ptr(), lora.count as u64);
-        let blocks = lora.count.div_ceil(PARTIAL);
-        let (number, limit) = (blocks as i32, self.settings.clip as f32);
-        const FILE: &str = "optimizer.cu";
+        let count = lora.count as u64;
         // SAFETY: buffers were made for this adapter.
         unsafe {
-            let kernel = (FILE, "square_partials");
-            device.launch(kernel, [blocks, 1], 256, 0, args![g, count, partials])?;
-            let kernel = (FILE, "clip_factor");
-            device.launch(kernel, [1, 1], 256, 0, args![partials, number, limit, norm])?;
             match &self.states {
                 States::Torch { m, v } => {
                     let (m, v) = (m.ptr(), v.ptr());
                     let grid = [lora.count.div_ceil(256), 1];
-                    device.launch(
-                        (FILE, "adamw"),
-                        grid,
-                        256,
-                        0,
-                        args![p, g, m, v, count, s, norm],
-                    )?;
+                    let args = args![p, g, m, v, count, s, norm];
+                    device.launch((FILE, "adamw"), grid, 256, 0, args)?;
                 }
                 States::Blocks(b) => {
                     let [m, v, ms, vs] = [&b.m, &b.v, &b.m_scale, &b.v_scale].map(Buffer::ptr);
                     let (runs, maps) = (b.runs.ptr(), b.maps.ptr());
                     let args = args![p, g, m, v, ms, vs, runs, maps, s, norm];
-                    device.launch((FILE, "adamw_8bit"), [b.count, 1], 256, 0, args)?;
+                    let grid = [b.count, 1];
+                    if b.count > 0 {
+                        device.launch((FILE, "adamw_8bit"), grid, 256, 0, args)?;
+                    }
                     let [m, v, runs] = [&b.small_m, &b.small_v, &b.small_runs].map(Buffer::ptr);
                     let args = args![p, g, m, v, runs, s, norm];
                     let grid = [b.small_count, 1];
-                    device.launch((FILE, "adamw_bitsandbytes"), grid, 256, 0, args)?;
+                    if b.small_count > 0 {
+                        device.launch((FILE, "adamw_bitsandbytes"), grid, 256, 0, args)?;
+                    }
                 }
             }
         }
         lora.refresh(device)?;
         lora.zero_grad(device)
+    }
+
+    /// Appends updates done and all states to `out`, for [`Optimizer::read`].
+    ///
+    /// # Errors
+    /// [`CudaError::Driver`].
+    pub fn write(&self, device: &Device, out: &mut Vec<u8>) -> Result<(), CudaError> {
+        out.extend(MAGIC);
+        out.extend(self.updates.to_le_bytes());
+        for buffer in self.states.buffers() {
+            out.extend(device.read(buffer, buffer.bytes() as usize)?);
+        }
+        Ok(())
+    }
+
+    /// Takes back what [`Optimizer::write`] wrote; false, and nothing changed, where it is of another
+    /// shape or kind.
+    ///
+    /// # Errors
+    /// [`CudaError::Driver`].
+    pub fn read(&mut self, device: &Device, bytes: &[u8]) -> Result<bool, CudaError> {
+        let size: u64 = self.states.buffers().iter().map(|b| b.bytes()).sum();
+        let Some((updates, mut rest)) =
+            bytes.strip_prefix(MAGIC).and_then(|rest| rest.split_first_chunk::<4>())
+        else {
+            return Ok(false);
+        };
+        if rest.len() as u64 != size {
+            return Ok(false);
+        }
+        self.updates = i32::from_le_bytes(*updates);
+        for buffer in self.states.buffers() {
+            let (own, later) = rest.split_at(buffer.bytes() as usize);
+            device.write(buffer.ptr(), own)?;
+            rest = later;
+        }
+        Ok(true)
     }
 
     /// Global norm of the newest gradient, before clipping.
@@ -181,6 +233,16 @@ impl Optimizer {
     /// [`CudaError::Driver`].
     pub fn read_norm(&self, device: &Device) -> Result<f32, CudaError> {
         Ok(device.read_f32(&self.norm, 1)?[0])
+    }
+}
+
+impl States {
+    /// What changes from step to step.
+    fn buffers(&self) -> Vec<&Buffer> {
+        match self {
+            Self::Torch { m, v } => vec![m, v],
+            Self::Blocks(b) => vec![&b.m, &b.v, &b.m_scale, &b.v_scale, &b.small_m, &b.small_v],
+        }
     }
 }
 

@@ -1,29 +1,42 @@
-//! A decoder with its adapter on an NVIDIA GPU.
+//! A decoder with its adapter on an NVIDIA GPU: nothing but tokens and losses leaves the device
+//! between checkpoints.
 
-use std::cell::{Cell, RefCell};
-use std::ops::Range;
 use std::path::Path;
+use std::time::Instant;
 
 use checkpoint::{ModelConfig, ModelFolder};
-use contract::{Fault, StageError};
-use cuda::{Activations, CudaError, Device as Gpu, Dtype as GpuDtype, Frozen, Lora, Step};
+use contract::{Fault, Reporter, StageError};
+use cuda::{
+    Activations, AdamSettings, CudaError, Device as Gpu, Dtype as GpuDtype, Frozen, Lora,
+    Optimizer, Step,
+};
 use model::{Adapter, DropoutKey, Loss, MicroBatch, Model};
+use serde_json::Value;
 
 use super::{DecoderLearner, Learner, check_same};
+use crate::optimizer::{OptimizerKind, dynamic_maps};
 use crate::params::{self, Device, Dtype, Params};
 
-/// A decoder with its adapter on a GPU; the masters are mirrored here, for the optimiser.
+/// A decoder with its adapter on a GPU. Buffers go before the device, so the order of the fields
+/// matters.
 pub(crate) struct CudaLearner {
     adapter: Adapter,
     config: ModelConfig,
     activations: params::Activations,
-    /// Before the device, since buffers must go first.
-    step: Option<Step>,
-    lora: RefCell<Lora>,
+    settings: AdamSettings,
+    prepared: Option<Prepared>,
+    lora: Lora,
     frozen: Frozen,
     gpu: Gpu,
-    /// The masters here are newer than those on the device.
-    is_stale: Cell<bool>,
+}
+
+/// What depends on the size of the micro-batches.
+struct Prepared {
+    optimizer: Optimizer,
+    step: Step,
+    activations: Activations,
+    /// Tokens that run at once; longer micro-batches are split between sequences.
+    capacity: usize,
 }
 
 /// A GPU's failure as the user's.
@@ -58,18 +71,7 @@ impl CudaLearner {
             return Err(StageError::input("`lora.dropout` is not available on a GPU yet")
                 .help("set it to 0, or set `device: cpu`"));
         }
-        let ordinal = if let Device::Cuda(ordinal) = params.device { ordinal } else { 0 };
-        let dtype = match params.dtype {
-            Dtype::F32 => GpuDtype::F32,
-            Dtype::Auto | Dtype::Bf16 => GpuDtype::Bf16,
-        };
-        let mut gpu = Gpu::open(ordinal, dtype).map_err(stage_error)?;
-        if params.dtype == Dtype::Auto && !gpu.has_bf16() {
-            gpu = Gpu::open(ordinal, GpuDtype::F32).map_err(stage_error)?;
-        } else if dtype == GpuDtype::Bf16 && !gpu.has_bf16() {
-            return Err(StageError::input(format!("{} has no bf16", gpu.name()))
-                .help("set `dtype: f32`, which is slower"));
-        }
+        let gpu = open(params)?;
         let config = ModelConfig::read(&ModelFolder::open(folder)?)?;
         let wanted = params.lora_config();
         let adapter = match init_adapter {
@@ -83,26 +85,117 @@ impl CudaLearner {
         };
         let frozen = Frozen::load(&gpu, folder).map_err(stage_error)?;
         let lora = Lora::new(&gpu, &config, &adapter).map_err(stage_error)?;
-        Ok(Self {
-            adapter,
-            config,
-            activations: params.activations,
-            step: None,
-            lora: RefCell::new(lora),
-            frozen,
-            gpu,
-            is_stale: Cell::new(false),
-        })
+        let adam = params.adam();
+        let settings = AdamSettings {
+            eight_bit: adam.kind == OptimizerKind::Adamw8bit,
+            betas: adam.betas,
+            eps: adam.eps,
+            weight_decay: adam.weight_decay,
+            clip: params.max_grad_norm,
+        };
+        let activations = params.activations;
+        Ok(Self { adapter, config, activations, settings, prepared: None, lora, frozen, gpu })
     }
 
-    /// The step, with the newest masters on the device.
-    fn ready(&self) -> Result<&Step, StageError> {
-        if self.is_stale.replace(false) {
-            let mut lora = self.lora.borrow_mut();
-            lora.write_values(&self.gpu, &self.adapter.values).map_err(stage_error)?;
-        }
-        self.step.as_ref().ok_or_else(|| StageError::internal("the GPU step was not prepared"))
+    /// Buffers and states for micro-batches of that size.
+    fn make(&self, activations: Activations, capacity: usize) -> Result<Prepared, CudaError> {
+        let step = Step::new(&self.gpu, &self.frozen, &self.lora, capacity, activations)?;
+        let mut tensors: Vec<_> =
+            self.adapter.factors.iter().flat_map(|f| [f.a.clone(), f.b.clone()]).collect();
+        tensors.sort_by_key(|range| range.start);
+        let maps = dynamic_maps();
+        let spare = Some(step.spare());
+        let optimizer = Optimizer::new(&self.gpu, self.settings, &tensors, &maps, spare)?;
+        Ok(Prepared { optimizer, step, activations, capacity })
     }
+
+    /// Runs a micro-batch of the greatest size and forgets it: compiles what is not compiled yet.
+    /// Returns its seconds.
+    fn rehearse(&self, prepared: &Prepared, row: usize) -> Result<f64, CudaError> {
+        let tokens: Vec<i32> =
+            (0..prepared.capacity).map(|i| (i % self.config.vocab_size) as i32).collect();
+        let mut bounds: Vec<i32> = (0..prepared.capacity).step_by(row).map(|i| i as i32).collect();
+        bounds.push(prepared.capacity as i32);
+        let batch = MicroBatch { tokens: &tokens, cu_seqlens: &bounds, targets: &tokens };
+        let start = Instant::now();
+        prepared.step.run(&self.gpu, &self.frozen, &self.lora, batch, 0.0)?;
+        prepared.step.take_loss(&self.gpu)?;
+        self.lora.zero_grad(&self.gpu)?;
+        Ok(start.elapsed().as_secs_f64())
+    }
+
+    fn prepared(&self) -> Result<&Prepared, StageError> {
+        self.prepared.as_ref().ok_or_else(|| StageError::internal("the GPU step was not prepared"))
+    }
+}
+
+/// The GPU of the params, with the arithmetic they ask for.
+fn open(params: &Params) -> Result<Gpu, StageError> {
+    let ordinal = if let Device::Cuda(ordinal) = params.device { ordinal } else { 0 };
+    let dtype = match params.dtype {
+        Dtype::F32 => GpuDtype::F32,
+        Dtype::Auto | Dtype::Bf16 => GpuDtype::Bf16,
+    };
+    let gpu = Gpu::open(ordinal, dtype).map_err(stage_error)?;
+    if params.dtype == Dtype::Auto && !gpu.has_bf16() {
+        return Gpu::open(ordinal, GpuDtype::F32).map_err(stage_error);
+    }
+    if dtype == GpuDtype::Bf16 && !gpu.has_bf16() {
+        return Err(StageError::input(format!("{} has no bf16", gpu.name()))
+            .help("set `dtype: f32`, which is slower"));
+    }
+    Ok(gpu)
+}
+
+/// Ways to run micro-batches of `batch` tokens in rows of up to `row`, the fastest first.
+fn ways(choice: params::Activations, batch: usize, row: usize) -> Vec<(Activations, usize)> {
+    let activations: &[Activations] = match choice {
+        params::Activations::Keep => &[Activations::Keep],
+        params::Activations::Recompute => &[Activations::Recompute],
+        params::Activations::Auto => &[Activations::Keep, Activations::Recompute],
+    };
+    let mut ways = Vec::new();
+    for activations in activations {
+        let mut capacity = batch;
+        ways.push((*activations, capacity));
+        while capacity > row {
+            capacity = (capacity / 2).max(row);
+            ways.push((*activations, capacity));
+        }
+    }
+    ways
+}
+
+fn name(activations: Activations) -> &'static str {
+    match activations {
+        Activations::Keep => "keep",
+        Activations::Recompute => "recompute",
+    }
+}
+
+/// Cuts a micro-batch between sequences into parts of at most `capacity` tokens, and hands them on
+/// with bounds of their own.
+fn split<E>(
+    batch: MicroBatch<'_>,
+    capacity: usize,
+    mut each: impl FnMut(MicroBatch<'_>) -> Result<(), E>,
+) -> Result<(), E> {
+    let bounds = batch.cu_seqlens;
+    let mut first = 0;
+    while first + 1 < bounds.len() {
+        let start = bounds[first];
+        let fits = |last: &usize| (bounds[*last] - start) as usize <= capacity;
+        let last = (first + 1..bounds.len()).take_while(fits).last().unwrap_or(first + 1);
+        let own: Vec<i32> = bounds[first..=last].iter().map(|b| b - start).collect();
+        let range = start as usize..bounds[last] as usize;
+        each(MicroBatch {
+            tokens: &batch.tokens[range.clone()],
+            cu_seqlens: &own,
+            targets: &batch.targets[range],
+        })?;
+        first = last;
+    }
+    Ok(())
 }
 
 impl DecoderLearner for CudaLearner {
@@ -114,8 +207,13 @@ impl DecoderLearner for CudaLearner {
         ("cuda".to_owned(), self.gpu.name())
     }
 
-    fn peak_device_bytes(&self) -> Option<u64> {
-        Some(self.gpu.peak_bytes())
+    fn choices(&self) -> Vec<(&'static str, Value)> {
+        let mut choices = vec![("peak_device_bytes", self.gpu.peak_bytes().into())];
+        if let Some(prepared) = &self.prepared {
+            choices.push(("activations", name(prepared.activations).into()));
+            choices.push(("micro_batch_tokens", prepared.capacity.into()));
+        }
+        choices
     }
 
     fn save(&self, values: &[f32], folder: &Path, base: &str) -> Result<(), StageError> {
@@ -125,64 +223,144 @@ impl DecoderLearner for CudaLearner {
 }
 
 impl Learner for CudaLearner {
-    fn values(&self) -> &[f32] {
-        &self.adapter.values
-    }
-
-    fn values_mut(&mut self) -> &mut [f32] {
-        self.is_stale.set(true);
-        &mut self.adapter.values
-    }
-
-    fn tensors(&self) -> Vec<Range<usize>> {
-        self.adapter.factors.iter().flat_map(|f| [f.a.clone(), f.b.clone()]).collect()
-    }
-
-    fn prepare(&mut self, tokens: usize) -> Result<(), StageError> {
-        let lora = self.lora.borrow();
-        let make = |activations| Step::new(&self.gpu, &self.frozen, &lora, tokens, activations);
-        let step = match self.activations {
-            params::Activations::Keep => make(Activations::Keep),
-            params::Activations::Recompute => make(Activations::Recompute),
-            params::Activations::Auto => match make(Activations::Keep) {
-                Err(CudaError::Memory { .. }) => make(Activations::Recompute),
-                other => other,
-            },
+    fn prepare(
+        &mut self,
+        batch: usize,
+        row: usize,
+        reporter: &mut Reporter,
+    ) -> Result<Option<f64>, StageError> {
+        let mut fault = None;
+        for (activations, capacity) in ways(self.activations, batch, row) {
+            match self.make(activations, capacity) {
+                Ok(prepared) => {
+                    self.prepared = Some(prepared);
+                    break;
+                }
+                Err(error @ CudaError::Memory { .. }) => fault = Some(error),
+                Err(error) => return Err(stage_error(error)),
+            }
+        }
+        let Some(prepared) = &self.prepared else {
+            let plain = fault.map_or_else(|| StageError::internal("no way to run"), stage_error);
+            return Err(plain.help(format!(
+                "not even one row of {row} tokens fits: lower `max_length` of the stage that packs"
+            )));
         };
-        self.step = Some(step.map_err(stage_error)?);
-        Ok(())
+        self.rehearse(prepared, row).map_err(stage_error)?;
+        let seconds = self.rehearse(prepared, row).map_err(stage_error)?;
+        let gib = |bytes: u64| bytes as f64 / f64::from(1u32 << 30);
+        let rate = prepared.capacity as f64 / seconds;
+        reporter.log(format!(
+            "{}: training takes {:.2} GiB of {:.1} GiB; activations: {}, {} tokens at once, \
+             about {rate:.0} tok/s",
+            self.gpu.name(),
+            gib(self.gpu.peak_bytes()),
+            gib(self.gpu.total_bytes().map_err(stage_error)?),
+            name(prepared.activations),
+            prepared.capacity,
+        ));
+        Ok(Some(1.0 / rate))
     }
 
-    fn loss_and_grad(
-        &self,
+    fn micro_batch(
+        &mut self,
         batch: MicroBatch<'_>,
         scale: f32,
         _dropout: DropoutKey,
-        _grad: &mut [f32],
-    ) -> Result<Loss, StageError> {
-        let step = self.ready()?;
-        let lora = self.lora.borrow();
-        step.run(&self.gpu, &self.frozen, &lora, batch, scale).map_err(stage_error)?;
-        let sum = step.take_loss(&self.gpu).map_err(stage_error)?;
-        Ok(Loss { sum, targets: targets(batch) })
+    ) -> Result<(), StageError> {
+        let prepared = self.prepared()?;
+        split(batch, prepared.capacity, |part| {
+            prepared.step.run(&self.gpu, &self.frozen, &self.lora, part, scale)
+        })
+        .map_err(stage_error)
     }
 
-    fn collect(&self, grad: &mut [f32]) -> Result<(), StageError> {
-        let lora = self.lora.borrow();
-        let own = lora.read_gradient(&self.gpu).map_err(stage_error)?;
-        grad.iter_mut().zip(own).for_each(|(sum, own)| *sum += own);
-        lora.zero_grad(&self.gpu).map_err(stage_error)
+    fn gradient(&mut self) -> Result<(f64, f64), StageError> {
+        let Prepared { step, optimizer, .. } = self.prepared()?;
+        optimizer.collect(&self.gpu, &self.lora).map_err(stage_error)?;
+        let loss = step.take_loss(&self.gpu).map_err(stage_error)?;
+        Ok((loss, f64::from(optimizer.read_norm(&self.gpu).map_err(stage_error)?)))
+    }
+
+    fn update(&mut self, learning_rate: f64) -> Result<(), StageError> {
+        let Some(prepared) = &mut self.prepared else { return Ok(()) };
+        prepared.optimizer.update(&self.gpu, &self.lora, learning_rate).map_err(stage_error)
     }
 
     fn loss(&self, batch: MicroBatch<'_>) -> Result<Loss, StageError> {
-        let step = self.ready()?;
-        let lora = self.lora.borrow();
-        step.loss(&self.gpu, &self.frozen, &lora, batch).map_err(stage_error)?;
-        let sum = step.take_loss(&self.gpu).map_err(stage_error)?;
-        Ok(Loss { sum, targets: targets(batch) })
+        let prepared = self.prepared()?;
+        let run =
+            |part: MicroBatch<'_>| prepared.step.loss(&self.gpu, &self.frozen, &self.lora, part);
+        split(batch, prepared.capacity, run).map_err(stage_error)?;
+        let sum = prepared.step.take_loss(&self.gpu).map_err(stage_error)?;
+        let targets = batch.targets.iter().filter(|t| **t != -100).count() as u64;
+        Ok(Loss { sum, targets })
+    }
+
+    fn values(&self) -> Result<Vec<f32>, StageError> {
+        self.lora.read_values(&self.gpu).map_err(stage_error)
+    }
+
+    fn write_state(&self, out: &mut Vec<u8>) -> Result<(), StageError> {
+        let values = self.values()?;
+        out.extend((values.len() as u64).to_le_bytes());
+        out.extend(values.iter().flat_map(|v| v.to_le_bytes()));
+        self.prepared()?.optimizer.write(&self.gpu, out).map_err(stage_error)
+    }
+
+    fn read_state(&mut self, bytes: &[u8]) -> Result<bool, StageError> {
+        let mut values = vec![0.0; self.adapter.values.len()];
+        let Some(mut rest) = bytes.strip_prefix(&(values.len() as u64).to_le_bytes()) else {
+            return Ok(false);
+        };
+        let Some(prepared) = &mut self.prepared else { return Ok(false) };
+        if crate::optimizer::read_f32(&mut values, &mut rest).is_none()
+            || !prepared.optimizer.read(&self.gpu, rest).map_err(stage_error)?
+        {
+            return Ok(false);
+        }
+        self.lora.write_values(&self.gpu, &values).map_err(stage_error)?;
+        Ok(true)
     }
 }
 
-fn targets(batch: MicroBatch<'_>) -> u64 {
-    batch.targets.iter().filter(|t| **t != -100).count() as u64
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_of_a_micro_batch_are_whole_sequences_that_fit() {
+        let tokens: Vec<i32> = (0..20).collect();
+        let batch =
+            MicroBatch { tokens: &tokens, cu_seqlens: &[0, 5, 8, 9, 17, 20], targets: &tokens };
+        let mut parts = Vec::new();
+        let each = |part: MicroBatch<'_>| -> Result<(), ()> {
+            assert_eq!(part.tokens, part.targets);
+            parts.push((part.tokens.to_vec(), part.cu_seqlens.to_vec()));
+            Ok(())
+        };
+        split(batch, 9, each).unwrap();
+        let expected: [(std::ops::Range<i32>, &[i32]); 3] =
+            [(0..9, &[0, 5, 8, 9]), (9..17, &[0, 8]), (17..20, &[0, 3])];
+        assert_eq!(parts.len(), expected.len());
+        for ((tokens, bounds), (range, own)) in parts.iter().zip(expected) {
+            assert_eq!((tokens, &bounds[..]), (&range.collect::<Vec<_>>(), own));
+        }
+    }
+
+    #[test]
+    fn what_is_smaller_comes_after_what_is_faster() {
+        use Activations::{Keep, Recompute};
+        let ways = ways(params::Activations::Auto, 5000, 2048);
+        let expected = [
+            (Keep, 5000),
+            (Keep, 2500),
+            (Keep, 2048),
+            (Recompute, 5000),
+            (Recompute, 2500),
+            (Recompute, 2048),
+        ];
+        assert_eq!(ways, expected);
+    }
 }

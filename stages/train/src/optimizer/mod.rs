@@ -156,6 +156,12 @@ impl Optimizer {
     }
 }
 
+/// bitsandbytes' dynamic maps: 256 signed values, then 256 unsigned.
+#[cfg(feature = "cuda")]
+pub(crate) fn dynamic_maps() -> Vec<f32> {
+    dynamic_map::SIGNED.iter().chain(&*dynamic_map::UNSIGNED).copied().collect()
+}
+
 /// Fills `values` from the front of `bytes`.
 pub(crate) fn read_f32(values: &mut [f32], bytes: &mut &[u8]) -> Option<()> {
     let (own, rest) = bytes.split_at_checked(values.len() * 4)?;

@@ -11,6 +11,7 @@ use model::{Loss, MicroBatch};
 use serde_json::{Value, json};
 
 use super::*;
+use crate::learner::{HostLearner, HostModel};
 
 /// A model whose loss is known by hand: target `t` costs `(w[t % n] - t)² / 2`, plus noise of the
 /// dropout key in the gradient alone.
@@ -31,7 +32,7 @@ impl Parabola {
     }
 }
 
-impl Learner for Parabola {
+impl HostModel for Parabola {
     fn values(&self) -> &[f32] {
         &self.values
     }
@@ -121,11 +122,12 @@ fn checkpoints(own: &Path, earlier: &[&Path]) -> Checkpoints {
 
 fn run(
     params: &Params,
-    learner: &mut Parabola,
+    model: Parabola,
     checkpoints: &Checkpoints,
 ) -> Result<Finished, TrainError> {
     let rows = rows();
-    let trainer = Trainer::new(params, learner, &rows, Some(&rows), checkpoints);
+    let mut learner = HostLearner::new(model, params);
+    let trainer = Trainer::new(params, &mut learner, &rows, Some(&rows), checkpoints);
     trainer.run(&mut Reporter::silent())
 }
 
@@ -135,14 +137,14 @@ fn a_run_killed_at_any_micro_batch_ends_with_the_bytes_of_an_uninterrupted_one()
         let params = params(json!({"optimizer": optimizer}));
         let dir = tempfile::tempdir().unwrap();
         let learner = || Parabola { noisy: true, ..Parabola::new() };
-        let whole = run(&params, &mut learner(), &checkpoints(&dir.path().join("w"), &[])).unwrap();
+        let whole = run(&params, learner(), &checkpoints(&dir.path().join("w"), &[])).unwrap();
         assert_eq!(whole.resumed_from, 0);
         let calls = 17 / 2 * 6 + 3;
         for dies_after in 0..calls {
             let [a, b] = ["a", "b"].map(|n| dir.path().join(format!("{n}{dies_after}")));
-            let mut killed = Parabola { dies_after, ..learner() };
-            run(&params, &mut killed, &checkpoints(&a, &[])).unwrap_err();
-            let resumed = run(&params, &mut learner(), &checkpoints(&b, &[&a])).unwrap();
+            let killed = Parabola { dies_after, ..learner() };
+            run(&params, killed, &checkpoints(&a, &[])).unwrap_err();
+            let resumed = run(&params, learner(), &checkpoints(&b, &[&a])).unwrap();
             assert_eq!(resumed.resumed_from, dies_after / 3 / 3 * 3, "{dies_after}");
             assert_eq!(resumed.log, whole.log);
             assert_eq!(resumed.values, whole.values);
@@ -155,7 +157,7 @@ fn a_run_killed_at_any_micro_batch_ends_with_the_bytes_of_an_uninterrupted_one()
 fn the_log_follows_the_schedule_and_weighs_every_target_the_same() {
     let params = params(json!({"max_steps": 3, "select": "last"}));
     let dir = tempfile::tempdir().unwrap();
-    let finished = run(&params, &mut Parabola::new(), &checkpoints(dir.path(), &[])).unwrap();
+    let finished = run(&params, Parabola::new(), &checkpoints(dir.path(), &[])).unwrap();
     let rates: Vec<f64> = finished.log.iter().map(|l| l.learning_rate).collect();
     assert_eq!(rates, [0.0, 0.05, 0.1]);
     let rows = rows();
@@ -179,7 +181,7 @@ fn the_log_follows_the_schedule_and_weighs_every_target_the_same() {
 fn training_lowers_the_loss_and_best_is_the_lowest_evaluation() {
     let params = params(json!({"max_steps": 40, "schedule": "constant", "learning_rate": 0.9}));
     let dir = tempfile::tempdir().unwrap();
-    let finished = run(&params, &mut Parabola::new(), &checkpoints(dir.path(), &[])).unwrap();
+    let finished = run(&params, Parabola::new(), &checkpoints(dir.path(), &[])).unwrap();
     let evaluations: Vec<(u64, f64)> =
         finished.log.iter().filter_map(|l| Some((l.step, l.eval_loss?))).collect();
     assert_eq!(evaluations.len(), 10);
@@ -197,16 +199,16 @@ fn training_lowers_the_loss_and_best_is_the_lowest_evaluation() {
 fn epochs_give_the_number_of_steps() {
     let dir = tempfile::tempdir().unwrap();
     let params = params(json!({"max_steps": null, "epochs": 1.5}));
-    let finished = run(&params, &mut Parabola::new(), &checkpoints(dir.path(), &[])).unwrap();
+    let finished = run(&params, Parabola::new(), &checkpoints(dir.path(), &[])).unwrap();
     assert_eq!(finished.log.len(), 3);
 }
 
 #[test]
 fn a_loss_that_is_not_finite_stops_the_run_and_names_step_and_checkpoint() {
     let dir = tempfile::tempdir().unwrap();
-    let mut learner = Parabola { blows_up: Some((24, f64::NAN)), ..Parabola::new() };
+    let learner = Parabola { blows_up: Some((24, f64::NAN)), ..Parabola::new() };
     let store = checkpoints(dir.path(), &[]);
-    let error: StageError = run(&params(json!({})), &mut learner, &store).unwrap_err().into();
+    let error: StageError = run(&params(json!({})), learner, &store).unwrap_err().into();
     assert_eq!(error.fault, Fault::Input);
     assert_eq!(
         error.message,
@@ -221,10 +223,10 @@ fn a_loss_that_is_not_finite_stops_the_run_and_names_step_and_checkpoint() {
 fn a_spike_stops_the_run_and_no_checkpoint_is_made_inside_it() {
     let dir = tempfile::tempdir().unwrap();
     // From the eleventh step on; the checkpoint of step 12 would fall into the streak.
-    let mut learner = Parabola { blows_up: Some((30, 1e9)), ..Parabola::new() };
+    let learner = Parabola { blows_up: Some((30, 1e9)), ..Parabola::new() };
     let store = checkpoints(dir.path(), &[]);
     let params = params(json!({"spike": {"factor": 2.0, "patience": 4}}));
-    let error = run(&params, &mut learner, &store).unwrap_err();
+    let error = run(&params, learner, &store).unwrap_err();
     assert!(matches!(error, TrainError::Spike { step: 14, kept: 9, .. }), "{error:?}");
     assert_eq!(store.latest().unwrap().0, 9);
 }
@@ -234,8 +236,19 @@ fn a_checkpoint_of_another_run_is_left_alone() {
     let dir = tempfile::tempdir().unwrap();
     let store = checkpoints(dir.path(), &[]);
     store.save(900, b"something else").unwrap();
-    let finished = run(&params(json!({})), &mut Parabola::new(), &store).unwrap();
+    let finished = run(&params(json!({})), Parabola::new(), &store).unwrap();
     assert_eq!((finished.resumed_from, finished.log.len()), (0, 17));
+}
+
+#[test]
+fn states_of_another_shape_are_not_taken() {
+    let mut learner = HostLearner::new(Parabola::new(), &params(json!({})));
+    let mut bytes = Vec::new();
+    learner.write_state(&mut bytes).unwrap();
+    assert!(learner.read_state(&bytes).unwrap());
+    assert!(!learner.read_state(&bytes[1..]).unwrap());
+    bytes.push(0);
+    assert!(!learner.read_state(&bytes).unwrap());
 }
 
 #[test]
@@ -245,7 +258,7 @@ fn the_estimate_comes_before_the_first_step_and_every_step_is_reported() {
     let path = dir.path().join("events");
     let sink = std::fs::File::create(&path).unwrap();
     let store = checkpoints(&dir.path().join("s"), &[]);
-    let mut learner = Parabola::new();
+    let mut learner = HostLearner::new(Parabola::new(), &params);
     let trainer = Trainer::new(&params, &mut learner, &rows, Some(&rows), &store);
     trainer.run(&mut Reporter::new(Box::new(sink))).unwrap();
     let events: Vec<Progress> = data::read_jsonl(&path).unwrap();
