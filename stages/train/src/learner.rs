@@ -9,6 +9,7 @@ use std::path::Path;
 #[cfg(feature = "cuda")]
 mod gpu;
 mod host;
+mod start;
 
 use contract::{Reporter, StageError};
 use model::{Adapter, DropoutKey, Loss, MicroBatch, Model, ModelConfig};
@@ -93,15 +94,9 @@ impl HostLearner<CpuModel> {
     ) -> Result<Self, StageError> {
         check_cpu(params)?;
         let model = Model::load(model)?;
-        let wanted = params.lora_config();
         let adapter = match init_adapter {
-            None => model.new_adapter(&wanted, params.seed)?,
-            Some(folder) => {
-                let mut adapter = Adapter::load_peft(folder, &model)?;
-                check_same(params, &adapter)?;
-                adapter.config = wanted;
-                adapter
-            }
+            None => start::new_adapter(params, model.config())?,
+            Some(folder) => start::continued(params, Adapter::load_peft(folder, &model)?)?,
         };
         Ok(Self::new(CpuModel { model, adapter }, params))
     }
@@ -133,28 +128,6 @@ fn check_cpu(params: &Params) -> Result<(), StageError> {
             .help("set `dtype: auto`, or `device: cuda` where there is a GPU"));
     }
     Ok(())
-}
-
-/// Refuses an adapter that is not of the shape the params ask for.
-fn check_same(params: &Params, adapter: &Adapter) -> Result<(), StageError> {
-    let sorted = |targets: &[String]| {
-        let mut targets = targets.to_vec();
-        targets.sort();
-        targets
-    };
-    let (wanted, found) = (params.lora_config(), &adapter.config);
-    let fault = if wanted.r != found.r {
-        format!("has r {}, the params say {}", found.r, wanted.r)
-    } else if (wanted.alpha - found.alpha).abs() > 1e-6 * wanted.alpha {
-        format!("has alpha {}, the params say {}", found.alpha, wanted.alpha)
-    } else if sorted(&wanted.targets) != sorted(&found.targets) {
-        let [found, wanted] = [&found.targets, &wanted.targets].map(|t| t.join(", "));
-        format!("adapts {found}; the params say {wanted}")
-    } else {
-        return Ok(());
-    };
-    let error = StageError::input(format!("the adapter of input `init_adapter` {fault}"));
-    Err(error.help("set `lora` to what the adapter was trained with"))
 }
 
 impl HostModel for CpuModel {

@@ -1,7 +1,7 @@
 //! Params of the kind, under the names of transformers, TRL and PEFT where these have one.
 
 use contract::{ParamError, parse_params};
-use model::{LoraConfig, PROJECTIONS};
+use model::{Init, LoraConfig, PROJECTIONS};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -56,6 +56,10 @@ pub(crate) struct Lora {
     pub(crate) alpha: f64,
     pub(crate) dropout: f64,
     pub(crate) targets: Vec<String>,
+    /// Scale by `alpha / √r` instead of `alpha / r`.
+    pub(crate) use_rslora: bool,
+    /// What a new adapter holds.
+    pub(crate) init: Init,
 }
 
 /// Which adapter is the output.
@@ -172,7 +176,8 @@ impl Default for Params {
 impl Default for Lora {
     fn default() -> Self {
         let targets = PROJECTIONS.map(str::to_owned).to_vec();
-        Self { r: 16, alpha: 16.0, dropout: 0.0, targets }
+        let init = Init::default();
+        Self { r: 16, alpha: 16.0, dropout: 0.0, targets, use_rslora: false, init }
     }
 }
 
@@ -268,6 +273,7 @@ impl Params {
             alpha: self.lora.alpha as f32,
             dropout: self.lora.dropout as f32,
             targets: self.lora.targets.clone(),
+            use_rslora: self.lora.use_rslora,
         }
     }
 

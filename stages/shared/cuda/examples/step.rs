@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use checkpoint::{Family, ModelConfig};
 use cuda::{Activations, AdamSettings, Device, Dtype, Frozen, Lora, Optimizer, Step};
-use model::{Adapter, LoraConfig, MicroBatch, Model, PROJECTIONS};
+use model::{Adapter, LoraConfig, MicroBatch, Model};
 
 fn main() {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -117,9 +117,7 @@ fn time(name: &str, activations: &str, steps: usize) {
     let activations = if keep { Activations::Keep } else { Activations::Recompute };
     let device = Device::open(0, Dtype::Bf16).unwrap();
     let frozen = Frozen::random(&device, config.clone(), 1).unwrap();
-    let targets = PROJECTIONS.map(str::to_owned).to_vec();
-    let lora_config = LoraConfig { r: 16, alpha: 16.0, dropout: 0.0, targets };
-    let adapter = Adapter::fresh(&config, &lora_config, 1).unwrap();
+    let adapter = Adapter::fresh(&config, &LoraConfig::default(), 1).unwrap();
     let lora = Lora::new(&device, &config, &adapter).unwrap();
     let (rows, length, accumulation) = (2usize, 2048usize, 4usize);
     let n = rows * length;

@@ -5,7 +5,7 @@
 use std::path::Path;
 use std::time::Instant;
 
-use model::{GenerateOptions, LoraConfig, MicroBatch, Model, PROJECTIONS};
+use model::{GenerateOptions, LoraConfig, MicroBatch, Model};
 
 fn tokens(n: usize) -> Vec<i32> {
     (0..n).map(|i| 3 + (i * 7919 % 49000) as i32).collect()
@@ -62,9 +62,7 @@ fn main() {
 }
 
 fn train(model: &Model) {
-    let targets = PROJECTIONS.map(str::to_owned).to_vec();
-    let lora = LoraConfig { r: 16, alpha: 16.0, dropout: 0.0, targets };
-    let adapter = model.new_adapter(&lora, 1).unwrap();
+    let adapter = model.new_adapter(&LoraConfig::default(), 1).unwrap();
     let ids = tokens(1024);
     let cu = [0, 256, 512, 768, 1024];
     let mut targets: Vec<i32> = ids[1..].to_vec();

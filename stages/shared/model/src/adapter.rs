@@ -1,4 +1,4 @@
-//! LoRA factors (Hu et al., 2021) as one flat f32 buffer: `y = W·x + (alpha/r) · B·(A·x)`.
+//! LoRA factors (Hu et al., 2021) as one flat f32 buffer: `y = W·x + scale · B·(A·x)`.
 
 use std::ops::Range;
 
@@ -22,12 +22,22 @@ pub(crate) const GROUPS: [&[usize]; 4] = [&[0, 1, 2], &[3], &[4, 5], &[6]];
 pub struct LoraConfig {
     /// Rank.
     pub r: usize,
-    /// Scale is `alpha / r`.
+    /// Numerator of the scale.
     pub alpha: f32,
     /// Probability of zeroing an input feature of the adapter while training.
     pub dropout: f32,
     /// Names of the adapted projections, such as `q_proj`.
     pub targets: Vec<String>,
+    /// The scale is `alpha / √r` (Kalajdzievski, 2023) instead of `alpha / r`.
+    #[serde(default)]
+    pub use_rslora: bool,
+}
+
+impl Default for LoraConfig {
+    fn default() -> Self {
+        let targets = PROJECTIONS.map(str::to_owned).to_vec();
+        Self { r: 16, alpha: 16.0, dropout: 0.0, targets, use_rslora: false }
+    }
 }
 
 /// LoRA factors as one flat f32 buffer.
@@ -152,27 +162,9 @@ impl Adapter {
         Ok(Self { config: config.clone(), factors, values })
     }
 
-    /// A fresh adapter: A uniform in `±1/sqrt(in)` (PEFT's default, kaiming-uniform with a = √5), B
-    /// zero. Numbers are a function of `seed`, the factor's name and the element's index.
-    ///
-    /// # Errors
-    /// As [`Adapter::zeros`].
-    pub fn fresh(model: &ModelConfig, config: &LoraConfig, seed: u64) -> Result<Self, ModelError> {
-        let mut adapter = Self::zeros(model, config)?;
-        for factor in &adapter.factors {
-            let name = factor.name.bytes().fold(mix(seed), |key, b| mix(key ^ u64::from(b)));
-            let bound = 1.0 / (factor.inputs as f64).sqrt();
-            for (i, value) in adapter.values[factor.a.clone()].iter_mut().enumerate() {
-                let unit = (mix(name ^ mix(i as u64)) >> 11) as f64 / 2f64.powi(53);
-                *value = ((2.0 * unit - 1.0) * bound) as f32;
-            }
-        }
-        Ok(adapter)
-    }
-
-    /// `alpha / r`.
+    /// What `B·A` is multiplied by.
     pub fn scale(&self) -> f32 {
-        self.config.alpha / self.config.r as f32
+        self.config.scale()
     }
 
     /// The factors of a group of projections in one layer.
@@ -186,6 +178,12 @@ impl Adapter {
 }
 
 impl LoraConfig {
+    /// `alpha / r`, or `alpha / √r` with `use_rslora`.
+    pub fn scale(&self) -> f32 {
+        let r = self.r as f32;
+        self.alpha / if self.use_rslora { r.sqrt() } else { r }
+    }
+
     fn targets_in_order(&self) -> Vec<usize> {
         (0..PROJECTIONS.len())
             .filter(|p| self.targets.iter().any(|t| t == PROJECTIONS[*p]))

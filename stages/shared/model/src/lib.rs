@@ -9,6 +9,7 @@ mod decoder;
 mod error;
 mod forward;
 mod generate;
+mod init;
 mod linear;
 mod micro_step;
 mod peft;
@@ -20,6 +21,7 @@ pub use adapter::{Adapter, DropoutKey, Factor, LoraConfig, PROJECTIONS};
 pub use decoder::Model;
 pub use error::ModelError;
 pub use generate::{GenerateOptions, Generated};
+pub use init::Init;
 pub use micro_step::{Loss, MicroBatch};
 
 /// Version of the arithmetic: part of the version of every stage kind that computes with it.

@@ -71,7 +71,7 @@ impl Adapter {
             "target_modules": self.config.targets,
             "task_type": "CAUSAL_LM",
             "use_dora": false,
-            "use_rslora": false,
+            "use_rslora": self.config.use_rslora,
         });
         let path = folder.join(CONFIG);
         let mut text = serde_json::to_vec_pretty(&config)
@@ -116,16 +116,12 @@ impl Adapter {
         let config: PeftConfig = serde_json::from_slice(&text)
             .map_err(|e| ModelError::Input(format!("{}: {e}", path.display())))?;
         config.refuse_unsupported(&path)?;
-        let alpha = if config.use_rslora {
-            config.lora_alpha * (config.r as f32).sqrt()
-        } else {
-            config.lora_alpha
-        };
         let lora = LoraConfig {
             r: config.r,
-            alpha,
+            alpha: config.lora_alpha,
             dropout: config.lora_dropout,
             targets: config.target_modules,
+            use_rslora: config.use_rslora,
         };
         let mut adapter = Self::zeros(model.config(), &lora)?;
         let path = folder.join(WEIGHTS);

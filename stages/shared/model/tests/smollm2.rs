@@ -89,12 +89,7 @@ fn cached_decode_equals_the_full_forward_on_a_ragged_batch() {
     let Some((model, expected, _)) = setup() else { return };
     let file = SafeTensors::deserialize(&expected).unwrap();
     let adapter = {
-        let config = model::LoraConfig {
-            r: 4,
-            alpha: 8.0,
-            dropout: 0.0,
-            targets: model::PROJECTIONS.map(str::to_owned).to_vec(),
-        };
+        let config = model::LoraConfig { r: 4, alpha: 8.0, ..model::LoraConfig::default() };
         let mut adapter = model.new_adapter(&config, 1).unwrap();
         let len = adapter.values.len();
         for (i, v) in adapter.values.iter_mut().enumerate() {

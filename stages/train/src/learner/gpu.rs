@@ -13,7 +13,7 @@ use cuda::{
 use model::{Adapter, DropoutKey, Loss, MicroBatch, Model};
 use serde_json::Value;
 
-use super::{DecoderLearner, Learner, check_same};
+use super::{DecoderLearner, Learner, start};
 use crate::optimizer::{OptimizerKind, dynamic_maps};
 use crate::params::{self, Device, Dtype, Params};
 
@@ -73,14 +73,10 @@ impl CudaLearner {
         }
         let gpu = open(params)?;
         let config = ModelConfig::read(&ModelFolder::open(folder)?)?;
-        let wanted = params.lora_config();
         let adapter = match init_adapter {
-            None => Adapter::fresh(&config, &wanted, params.seed)?,
+            None => start::new_adapter(params, &config)?,
             Some(init) => {
-                let mut adapter = Adapter::load_peft(init, &Model::load(folder)?)?;
-                check_same(params, &adapter)?;
-                adapter.config = wanted;
-                adapter
+                start::continued(params, Adapter::load_peft(init, &Model::load(folder)?)?)?
             }
         };
         let frozen = Frozen::load(&gpu, folder).map_err(stage_error)?;

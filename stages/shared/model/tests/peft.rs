@@ -1,0 +1,131 @@
+//! Adapters of every kind against PEFT: those that it wrote (`benches/fixtures/peft_variants.py`)
+//! with its logits and gradients, and, where `PIPE_PYTHON` names a Python with PEFT, ours in PEFT.
+#![allow(clippy::unwrap_used, clippy::print_stderr, reason = "tests")]
+
+use std::path::{Path, PathBuf};
+
+use model::{Adapter, LoraConfig, MicroBatch, Model};
+use safetensors::SafeTensors;
+
+/// The goldens are the repository's own: another set of fixtures does not replace them.
+fn fixtures(path: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../tests/fixtures").join(path)
+}
+
+fn base() -> PathBuf {
+    fixtures("tiny-models/qwen2/f32")
+}
+
+fn floats(file: &SafeTensors<'_>, name: &str) -> Vec<f32> {
+    let view = file.tensor(name).unwrap();
+    checkpoint::to_f32(view.dtype(), view.data()).unwrap()
+}
+
+fn ints(file: &SafeTensors<'_>, name: &str) -> Vec<i32> {
+    let data = file.tensor(name).unwrap().data().as_chunks::<4>().0;
+    data.iter().map(|b| i32::from_le_bytes(*b)).collect()
+}
+
+fn norm(values: impl Iterator<Item = f32>) -> f64 {
+    values.map(|v| f64::from(v).powi(2)).sum::<f64>().sqrt()
+}
+
+fn max_difference(a: &[f32], b: &[f32]) -> f32 {
+    assert_eq!(a.len(), b.len());
+    a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+}
+
+/// Asserts PEFT's logits at the last positions; returns the stored file's bytes.
+fn assert_logits(variant: &str, model: &Model, adapter: &Adapter) -> Vec<u8> {
+    let raw = std::fs::read(fixtures(&format!("peft/{variant}/expected.safetensors"))).unwrap();
+    let file = SafeTensors::deserialize(&raw).unwrap();
+    let ids = ints(&file, "input_ids");
+    let logits = model.logits(Some(adapter), &ids, &[0, ids.len() as i32]).unwrap();
+    let expected = floats(&file, "logits");
+    let off = max_difference(&logits[logits.len() - expected.len()..], &expected);
+    assert!(off < 2e-4, "{variant}: {off}");
+    let without = model.logits(None, &ids, &[0, ids.len() as i32]).unwrap();
+    let apart = max_difference(&without[without.len() - expected.len()..], &expected);
+    assert!(apart > 0.05, "{variant}: the adapter changes little: {apart}");
+    raw
+}
+
+/// Asserts PEFT's gradient of every trained tensor.
+fn assert_gradients(variant: &str, model: &Model, adapter: &Adapter, raw: &[u8]) {
+    let file = SafeTensors::deserialize(raw).unwrap();
+    let ids = ints(&file, "input_ids");
+    let mut targets = ids[1..].to_vec();
+    targets.push(-100);
+    let cu = [0, ids.len() as i32];
+    let batch = MicroBatch { tokens: &ids, cu_seqlens: &cu, targets: &targets };
+    let mut grad = vec![0.0; adapter.values.len()];
+    let scale = 1.0 / (ids.len() - 1) as f32;
+    model.loss_and_grad(adapter, batch, scale, None, &mut grad).unwrap();
+    let mut seen = 0;
+    for f in &adapter.factors {
+        for (name, range) in [("lora_A.weight", &f.a), ("lora_B.weight", &f.b)] {
+            let expected = floats(&file, &format!("grad.base_model.model.{}.{name}", f.name));
+            let ours = &grad[range.clone()];
+            let off = norm(ours.iter().zip(&expected).map(|(a, b)| a - b))
+                / norm(expected.iter().copied());
+            assert!(off < 1e-4, "{variant} {} {name}: {off}", f.name);
+            seen += 1;
+        }
+    }
+    let stored = file.names().iter().filter(|n| n.starts_with("grad.")).count();
+    assert_eq!(seen, stored, "{variant}");
+}
+
+#[test]
+fn fixture_rslora_gives_pefts_logits_and_gradients() {
+    let model = Model::load(&base()).unwrap();
+    let adapter = Adapter::load_peft(&fixtures("peft/rslora"), &model).unwrap();
+    assert!(adapter.config.use_rslora);
+    let raw = assert_logits("rslora", &model, &adapter);
+    assert_gradients("rslora", &model, &adapter, &raw);
+}
+
+/// Logits that PEFT computes with the adapter in `folder`.
+fn logits_of_peft(python: &std::ffi::OsStr, folder: &Path, ids: &[i32]) -> Vec<f32> {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../benches/peft_logits.py");
+    let ids: Vec<String> = ids.iter().map(i32::to_string).collect();
+    let out = folder.join("logits.safetensors");
+    let done = std::process::Command::new(python)
+        .arg(script)
+        .args([&base(), folder, &out])
+        .args(&ids)
+        .output()
+        .unwrap();
+    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    let raw = std::fs::read(out).unwrap();
+    floats(&SafeTensors::deserialize(&raw).unwrap(), "logits")
+}
+
+/// Moves every value away from where it starts.
+fn disturb(adapter: &mut Adapter) {
+    for (i, value) in adapter.values.iter_mut().enumerate() {
+        *value += (i as f32 * 12.9898).sin() * 0.05;
+    }
+}
+
+#[test]
+fn written_adapters_give_the_same_logits_in_peft_and_read_back() {
+    let python = std::env::var_os("PIPE_PYTHON");
+    if python.is_none() {
+        eprintln!("not compared with PEFT: PIPE_PYTHON is not set");
+    }
+    let model = Model::load(&base()).unwrap();
+    let ids: Vec<i32> = (0..20).map(|i| i * 37 % 512).collect();
+    let plain = LoraConfig { r: 4, alpha: 6.0, ..LoraConfig::default() };
+    for config in [plain.clone(), LoraConfig { use_rslora: true, ..plain }] {
+        let mut adapter = Adapter::gaussian(model.config(), &config, 5).unwrap();
+        disturb(&mut adapter);
+        let dir = tempfile::tempdir().unwrap();
+        adapter.save_peft(dir.path(), "tiny").unwrap();
+        assert_eq!(Adapter::load_peft(dir.path(), &model).unwrap(), adapter);
+        let Some(python) = &python else { continue };
+        let ours = model.logits(Some(&adapter), &ids, &[0, 20]).unwrap();
+        let off = max_difference(&ours, &logits_of_peft(python, dir.path(), &ids));
+        assert!(off < 2e-4, "{config:?}: {off}");
+    }
+}
