@@ -12,7 +12,7 @@ mod host;
 mod start;
 
 use contract::{Reporter, StageError};
-use model::{Adapter, DropoutKey, Loss, MicroBatch, Model, ModelConfig};
+use model::{Adapter, DropoutKey, Init, Loss, MicroBatch, Model, ModelConfig};
 use serde_json::Value;
 
 use crate::params::{Device, Dtype, Params};
@@ -83,6 +83,8 @@ pub(crate) trait DecoderLearner: Learner {
 pub(crate) struct CpuModel {
     model: Model,
     adapter: Adapter,
+    /// What was taken away from the weights before training.
+    subtracted: Option<Adapter>,
 }
 
 impl HostLearner<CpuModel> {
@@ -93,12 +95,18 @@ impl HostLearner<CpuModel> {
         init_adapter: Option<&Path>,
     ) -> Result<Self, StageError> {
         check_cpu(params)?;
-        let model = Model::load(model)?;
+        let mut model = Model::load(model)?;
+        let mut subtracted = None;
         let adapter = match init_adapter {
-            None => start::new_adapter(params, model.config())?,
             Some(folder) => start::continued(params, Adapter::load_peft(folder, &model)?)?,
+            None if params.lora.init == Init::Pissa => {
+                let adapter = Adapter::pissa(&model, &params.lora_config())?;
+                model.subtract(&adapter);
+                subtracted.insert(adapter).clone()
+            }
+            None => start::new_adapter(params, model.config())?,
         };
-        Ok(Self::new(CpuModel { model, adapter }, params))
+        Ok(Self::new(CpuModel { model, adapter, subtracted }, params))
     }
 }
 
@@ -112,8 +120,10 @@ impl DecoderLearner for HostLearner<CpuModel> {
     }
 
     fn save(&self, values: &[f32], folder: &Path, base: &str) -> Result<(), StageError> {
-        let adapter = Adapter { values: values.to_vec(), ..self.model().adapter.clone() };
-        Ok(adapter.save_peft(folder, base)?)
+        let CpuModel { model, adapter, subtracted } = self.model();
+        let adapter = Adapter { values: values.to_vec(), ..adapter.clone() };
+        let whole = subtracted.as_ref().map(|start| adapter.relative_to(start, model));
+        Ok(whole.transpose()?.unwrap_or(adapter).save_peft(folder, base)?)
     }
 }
 

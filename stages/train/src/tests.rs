@@ -190,6 +190,61 @@ fn an_adapter_can_be_the_start_of_another_run() {
     assert_eq!(error.message, "the adapter of input `init_adapter` has r 4, the params say 8");
 }
 
+/// [`params`] with another adapter, and no dropout.
+fn exact(lora: Value) -> Value {
+    let mut params = params();
+    params["lora"] = lora;
+    params
+}
+
+#[test]
+fn pissa_starts_where_the_model_is_and_its_adapter_belongs_to_the_whole_weights() {
+    let mut space = Space::new();
+    space.run("plain", &exact(json!({"r": 4, "alpha": 8}))).unwrap();
+    space.attempts.clear();
+    space.run("pissa", &exact(json!({"r": 4, "alpha": 8, "init": "pissa"}))).unwrap();
+    let (plain, pissa) = (space.losses("plain"), space.losses("pissa"));
+    assert!((plain[0] - pissa[0]).abs() < 1e-5, "{} {}", plain[0], pissa[0]);
+    assert!((plain[11] - pissa[11]).abs() > 1e-3 && pissa[11] < pissa[0] - 0.5);
+    // A step at the rate 0 from its adapter, of twice the rank, evaluates as the run ended.
+    space.attempts.clear();
+    let mut params = exact(json!({"r": 8, "alpha": 16}));
+    params["max_steps"] = json!(1);
+    let mut request = space.request("on", &params);
+    request.inputs.insert("init_adapter".to_owned(), space.path("pissa/adapter"));
+    Train.run(&request, &mut Reporter::silent()).unwrap();
+    let last_evaluation = |name: &str| {
+        let lines: Vec<Value> = data::read_jsonl(&space.path(name).join("log")).unwrap();
+        lines.iter().rev().find_map(|l| l["eval_loss"].as_f64()).unwrap()
+    };
+    let (ended, on) = (last_evaluation("pissa"), last_evaluation("on"));
+    assert!((ended - on).abs() < 1e-5 * ended, "{ended} {on}");
+    request.params["lora"]["init"] = json!("pissa");
+    request.scratch = space.path("other");
+    request.earlier_scratch.clear();
+    let error = Train.run(&request, &mut Reporter::silent()).unwrap_err();
+    assert_eq!(error.message, "`lora.init` and the input `init_adapter` exclude each other");
+}
+
+#[test]
+fn every_kind_of_adapter_gives_the_same_bytes_twice_and_after_a_kill() {
+    for lora in [
+        json!({"r": 4, "alpha": 8, "use_rslora": true, "init": "gaussian"}),
+        json!({"r": 4, "alpha": 8, "init": "pissa"}),
+    ] {
+        let mut space = Space::new();
+        let params = exact(lora);
+        space.run("whole", &params).unwrap();
+        // Adopts the whole run's checkpoint of step 10.
+        let outcome = space.run("resumed", &params).unwrap();
+        assert_eq!(outcome.telemetry["resumed_from_step"], 10);
+        space.attempts.clear();
+        space.run("again", &params).unwrap();
+        assert_eq!(space.artifacts("whole"), space.artifacts("resumed"), "{params}");
+        assert_eq!(space.artifacts("whole"), space.artifacts("again"), "{params}");
+    }
+}
+
 #[test]
 fn tokens_that_do_not_fit_the_model_are_refused_before_any_step() {
     let mut space = Space::new();

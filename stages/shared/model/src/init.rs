@@ -1,11 +1,15 @@
 //! What the factors of a new adapter hold.
 
+use std::borrow::Cow;
+
 use checkpoint::ModelConfig;
 use kernels::dropout::mix;
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-use crate::ModelError;
 use crate::adapter::{Adapter, Factor, LoraConfig};
+use crate::svd::Singular;
+use crate::{Model, ModelError};
 
 /// How a new adapter starts.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -16,6 +20,9 @@ pub enum Init {
     Kaiming,
     /// A normal, B zero: PEFT's `gaussian`.
     Gaussian,
+    /// `scale · B·A` is the best approximation of the weight, from which it is taken away (Meng et
+    /// al., 2024, arXiv:2404.02948): PEFT's `pissa`.
+    Pissa,
 }
 
 impl Adapter {
@@ -42,6 +49,41 @@ impl Adapter {
     ) -> Result<Self, ModelError> {
         let deviation = 1.0 / config.r as f64;
         Self::random(model, config, seed, |_, key| normal(key) * deviation)
+    }
+
+    /// The singular vectors of the `r` greatest singular values of each weight: `scale · B·A` is the
+    /// weight's best approximation of that rank. What is trained on is the rest: see
+    /// [`Model::subtract`].
+    ///
+    /// # Errors
+    /// As [`Adapter::zeros`].
+    pub fn pissa(model: &Model, config: &LoraConfig) -> Result<Self, ModelError> {
+        let mut adapter = Self::zeros(model.config(), config)?;
+        let pinned = model.pin();
+        adapter.approximate(1.0 / f64::from(config.scale()), |factor| {
+            pinned.layers[factor.layer].projection(factor.projection).weight.into()
+        });
+        Ok(adapter)
+    }
+
+    /// Sets every `B·A` to `part` times the best approximation of `target [out, in]`, each of the
+    /// two having the same share of a singular value.
+    fn approximate<'a>(&mut self, part: f64, target: impl Fn(&Factor) -> Cow<'a, [f32]> + Sync) {
+        let r = self.config.r;
+        let tops: Vec<Singular> = self
+            .factors
+            .par_iter()
+            .map(|factor| Singular::top(&target(factor), factor.inputs, r))
+            .collect();
+        for (factor, top) in self.factors.iter().zip(tops) {
+            for (i, value) in top.values.iter().enumerate() {
+                let root = (value * part).sqrt();
+                let a = &mut self.values[factor.a.clone()][i * factor.inputs..][..factor.inputs];
+                a.iter_mut().zip(&top.right[i]).for_each(|(a, v)| *a = (root * v) as f32);
+                let b = self.values[factor.b.clone()].iter_mut().skip(i).step_by(r);
+                b.zip(&top.left[i]).for_each(|(b, u)| *b = (root * u) as f32);
+            }
+        }
     }
 
     /// B zero and every element of A as `value` gives it for the factor and the element's key.

@@ -14,6 +14,8 @@ mod linear;
 mod micro_step;
 mod peft;
 pub mod reference;
+mod residue;
+mod svd;
 
 pub use checkpoint::ModelConfig;
 

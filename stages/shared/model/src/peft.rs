@@ -1,15 +1,15 @@
 //! Adapters as PEFT stores them: `adapter_config.json` and `adapter_model.safetensors`.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::path::Path;
 
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde::Deserialize;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::adapter::{Adapter, LoraConfig};
-use crate::{Model, ModelError};
+use crate::{Model, ModelConfig, ModelError};
 
 const CONFIG: &str = "adapter_config.json";
 const WEIGHTS: &str = "adapter_model.safetensors";
@@ -37,7 +37,29 @@ struct PeftConfig {
     alpha_pattern: HashMap<String, f32>,
     #[serde(default)]
     bias: Option<String>,
+    /// A name, or a switch.
+    #[serde(default)]
+    init_lora_weights: Value,
+    /// Every other field: those that change what is computed are refused.
+    #[serde(flatten)]
+    others: BTreeMap<String, Value>,
 }
+
+/// Fields that must not be set, since this reader would compute something else.
+const REFUSED: [&str; 12] = [
+    "alora_invocation_tokens",
+    "arrow_config",
+    "layer_replication",
+    "layers_to_transform",
+    "lora_bias",
+    "monteclora_config",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_bdlora",
+    "use_qalora",
+    "velora_config",
+    "kasa_config",
+];
 
 impl Adapter {
     /// Writes a folder that PEFT loads. `base` is the value of `base_model_name_or_path`. The
@@ -105,25 +127,51 @@ impl Adapter {
         safetensors::serialize(views, Some(metadata)).map_err(fault)
     }
 
-    /// Reads a PEFT folder for `model`.
+    /// Reads a PEFT folder for `model`. An adapter that PEFT started as PiSSA belongs to what that
+    /// left of the weights, and comes back as one of twice the rank for the whole weights.
     ///
     /// # Errors
     /// [`ModelError`] naming the field or tensor that is missing, misshapen or not supported
     /// (DoRA, rank patterns, trained biases or modules).
     pub fn load_peft(folder: &Path, model: &Model) -> Result<Self, ModelError> {
-        let path = folder.join(CONFIG);
-        let text = fs::read(&path).map_err(|e| ModelError::io("read", &path, e))?;
-        let config: PeftConfig = serde_json::from_slice(&text)
-            .map_err(|e| ModelError::Input(format!("{}: {e}", path.display())))?;
-        config.refuse_unsupported(&path)?;
+        let config = PeftConfig::read(folder)?;
+        let adapter = Self::read_factors(folder, &config, model.config())?;
+        if config.is_pissa() {
+            let start = Self::pissa(model, &adapter.config)?;
+            return adapter.relative_to(&start, model);
+        }
+        Ok(adapter)
+    }
+
+    /// As [`Adapter::load_peft`], for a model that is not loaded.
+    ///
+    /// # Errors
+    /// As [`Adapter::load_peft`]; also for an adapter that PEFT started as PiSSA.
+    pub fn load_peft_of(folder: &Path, model: &ModelConfig) -> Result<Self, ModelError> {
+        let config = PeftConfig::read(folder)?;
+        if config.is_pissa() {
+            return Err(ModelError::Input(format!(
+                "{}: an adapter for what PiSSA left of the weights; save it from PEFT with \
+                 `path_initial_model_for_weight_conversion`",
+                folder.join(CONFIG).display()
+            )));
+        }
+        Self::read_factors(folder, &config, model)
+    }
+
+    fn read_factors(
+        folder: &Path,
+        config: &PeftConfig,
+        model: &ModelConfig,
+    ) -> Result<Self, ModelError> {
         let lora = LoraConfig {
             r: config.r,
             alpha: config.lora_alpha,
             dropout: config.lora_dropout,
-            targets: config.target_modules,
+            targets: config.target_modules.clone(),
             use_rslora: config.use_rslora,
         };
-        let mut adapter = Self::zeros(model.config(), &lora)?;
+        let mut adapter = Self::zeros(model, &lora)?;
         let path = folder.join(WEIGHTS);
         let raw = fs::read(&path).map_err(|e| ModelError::io("read", &path, e))?;
         let fault = |message: String| ModelError::Input(format!("{}: {message}", path.display()));
@@ -154,6 +202,35 @@ impl Adapter {
 }
 
 impl PeftConfig {
+    fn read(folder: &Path) -> Result<Self, ModelError> {
+        let path = folder.join(CONFIG);
+        let text = fs::read(&path).map_err(|e| ModelError::io("read", &path, e))?;
+        let config: Self = serde_json::from_slice(&text)
+            .map_err(|e| ModelError::Input(format!("{}: {e}", path.display())))?;
+        config.refuse_unsupported(&path)?;
+        Ok(config)
+    }
+
+    fn is_pissa(&self) -> bool {
+        self.init_lora_weights == "pissa"
+    }
+
+    /// The start, where it changed the weights in a way that cannot be repeated here.
+    fn unknown_start(&self) -> Option<&str> {
+        let known = ["gaussian", "pissa", "eva", "orthogonal"];
+        self.init_lora_weights.as_str().filter(|name| !known.contains(name))
+    }
+
+    /// The first field that is set and must not be.
+    fn refused_field(&self) -> Option<&'static str> {
+        let is_set = |name: &&str| match self.others.get(*name) {
+            None | Some(Value::Null | Value::Bool(false)) => false,
+            Some(Value::Array(list)) => !list.is_empty(),
+            Some(_) => true,
+        };
+        REFUSED.into_iter().find(is_set)
+    }
+
     fn refuse_unsupported(&self, path: &Path) -> Result<(), ModelError> {
         let biased = self.bias.as_deref().is_some_and(|b| b != "none");
         let saved = self.modules_to_save.as_ref().is_some_and(|m| !m.is_empty());
@@ -169,6 +246,10 @@ impl PeftConfig {
             "modules_to_save".to_owned()
         } else if !self.rank_pattern.is_empty() || !self.alpha_pattern.is_empty() {
             "rank_pattern or alpha_pattern".to_owned()
+        } else if let Some(start) = self.unknown_start() {
+            format!("init_lora_weights `{start}`")
+        } else if let Some(field) = self.refused_field() {
+            field.to_owned()
         } else {
             return Ok(());
         };

@@ -85,6 +85,69 @@ fn fixture_rslora_gives_pefts_logits_and_gradients() {
     assert_gradients("rslora", &model, &adapter, &raw);
 }
 
+#[test]
+fn fixture_pissa_of_peft_reads_as_an_adapter_of_the_whole_weights() {
+    let model = Model::load(&base()).unwrap();
+    let adapter = Adapter::load_peft(&fixtures("peft/pissa"), &model).unwrap();
+    assert_eq!((adapter.config.r, adapter.config.alpha), (4, 6.0));
+    assert_logits("pissa", &model, &adapter);
+    let error = Adapter::load_peft_of(&fixtures("peft/pissa"), model.config()).unwrap_err();
+    assert!(error.to_string().contains("path_initial_model_for_weight_conversion"), "{error}");
+}
+
+#[test]
+fn pissa_changes_nothing_at_its_start_and_trains_on_the_rest_of_the_weights() {
+    let mut model = Model::load(&base()).unwrap();
+    let ids: Vec<i32> = (0..20).map(|i| i * 37 % 512).collect();
+    let before = model.logits(None, &ids, &[0, 20]).unwrap();
+    let whole = Model::load(&base()).unwrap();
+    for use_rslora in [false, true] {
+        let config = LoraConfig { r: 4, alpha: 6.0, use_rslora, ..LoraConfig::default() };
+        let start = Adapter::pissa(&model, &config).unwrap();
+        model.subtract(&start);
+        let after = model.logits(Some(&start), &ids, &[0, 20]).unwrap();
+        assert!(max_difference(&before, &after) < 2e-4);
+        let without = model.logits(None, &ids, &[0, 20]).unwrap();
+        assert!(max_difference(&before, &without) > 0.1);
+        let mut trained = start.clone();
+        disturb(&mut trained);
+        let on_rest = model.logits(Some(&trained), &ids, &[0, 20]).unwrap();
+        let wide = trained.relative_to(&start, &whole).unwrap();
+        let on_whole = whole.logits(Some(&wide), &ids, &[0, 20]).unwrap();
+        assert!(max_difference(&on_rest, &on_whole) < 2e-4);
+        model = Model::load(&base()).unwrap();
+    }
+}
+
+#[test]
+fn adapters_that_would_be_misread_are_refused() {
+    let model = Model::load(&base()).unwrap();
+    let refused = |field: &str, value: serde_json::Value| {
+        let dir = tempfile::tempdir().unwrap();
+        let from = fixtures("peft/rslora");
+        let config = std::fs::read(from.join("adapter_config.json")).unwrap();
+        let mut config: serde_json::Value = serde_json::from_slice(&config).unwrap();
+        config[field] = value;
+        std::fs::write(dir.path().join("adapter_config.json"), config.to_string()).unwrap();
+        let weights = "adapter_model.safetensors";
+        std::fs::copy(from.join(weights), dir.path().join(weights)).unwrap();
+        Adapter::load_peft(dir.path(), &model).map_err(|e| e.to_string())
+    };
+    for (field, value) in [
+        ("init_lora_weights", "pissa_niter_4".into()),
+        ("init_lora_weights", "loftq".into()),
+        ("init_lora_weights", "olora".into()),
+        ("lora_bias", true.into()),
+        ("alora_invocation_tokens", vec![1, 2].into()),
+        ("bias", "all".into()),
+    ] {
+        let error = refused(field, value).unwrap_err();
+        assert!(error.ends_with("is not supported"), "{field}: {error}");
+    }
+    refused("init_lora_weights", "gaussian".into()).unwrap();
+    refused("layers_to_transform", serde_json::Value::Null).unwrap();
+}
+
 /// Logits that PEFT computes with the adapter in `folder`.
 fn logits_of_peft(python: &std::ffi::OsStr, folder: &Path, ids: &[i32]) -> Vec<f32> {
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../benches/peft_logits.py");

@@ -5,12 +5,16 @@ use model::{Adapter, Init, ModelConfig};
 
 use crate::params::Params;
 
-/// A new adapter, as the params say.
+/// A new adapter that needs no weights, as the params say.
 pub(super) fn new_adapter(params: &Params, model: &ModelConfig) -> Result<Adapter, StageError> {
     let wanted = params.lora_config();
     Ok(match params.lora.init {
         Init::Kaiming => Adapter::fresh(model, &wanted, params.seed)?,
         Init::Gaussian => Adapter::gaussian(model, &wanted, params.seed)?,
+        Init::Pissa => {
+            return Err(StageError::input("`lora.init: pissa` is not available on a GPU yet")
+                .help("set `device: cpu`, or another `lora.init`"));
+        }
     })
 }
 
