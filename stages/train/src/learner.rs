@@ -104,7 +104,13 @@ impl HostLearner<CpuModel> {
                 model.subtract(&adapter);
                 subtracted.insert(adapter).clone()
             }
-            None => start::new_adapter(params, model.config())?,
+            None => {
+                let mut adapter = start::new_adapter(params, model.config())?;
+                if adapter.config.use_dora {
+                    adapter.set_magnitudes(&model)?;
+                }
+                adapter
+            }
         };
         Ok(Self::new(CpuModel { model, adapter, subtracted }, params))
     }
@@ -150,7 +156,7 @@ impl HostModel for CpuModel {
     }
 
     fn tensors(&self) -> Vec<Range<usize>> {
-        self.adapter.factors.iter().flat_map(|f| [f.a.clone(), f.b.clone()]).collect()
+        self.adapter.tensors()
     }
 
     fn loss_and_grad(

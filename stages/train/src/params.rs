@@ -58,6 +58,8 @@ pub(crate) struct Lora {
     pub(crate) targets: Vec<String>,
     /// Scale by `alpha / √r` instead of `alpha / r`.
     pub(crate) use_rslora: bool,
+    /// Every output feature has a magnitude of its own (DoRA).
+    pub(crate) use_dora: bool,
     /// What a new adapter holds.
     pub(crate) init: Init,
 }
@@ -177,7 +179,7 @@ impl Default for Lora {
     fn default() -> Self {
         let targets = PROJECTIONS.map(str::to_owned).to_vec();
         let init = Init::default();
-        Self { r: 16, alpha: 16.0, dropout: 0.0, targets, use_rslora: false, init }
+        Self { r: 16, alpha: 16.0, dropout: 0.0, targets, use_rslora: false, use_dora: false, init }
     }
 }
 
@@ -199,7 +201,19 @@ impl Params {
         }
         parsed.check_numbers()?;
         parsed.check_targets()?;
+        parsed.check_dora()?;
         Ok(parsed)
+    }
+
+    /// Refuses what DoRA does not go with.
+    fn check_dora(&self) -> Result<(), ParamError> {
+        let fault = match &self.lora {
+            Lora { use_dora: false, .. } => return Ok(()),
+            Lora { init: Init::Pissa, .. } => "`init: pissa`",
+            Lora { dropout, .. } if *dropout > 0.0 => "a dropout above 0",
+            _ => return Ok(()),
+        };
+        Err(ParamError::at("lora.use_dora", format!("does not go with {fault}")))
     }
 
     fn check_numbers(&self) -> Result<(), ParamError> {
@@ -274,6 +288,7 @@ impl Params {
             dropout: self.lora.dropout as f32,
             targets: self.lora.targets.clone(),
             use_rslora: self.lora.use_rslora,
+            use_dora: self.lora.use_dora,
         }
     }
 
@@ -328,5 +343,8 @@ mod tests {
         assert_eq!(path(json!({"optimizer": "sgd"})), "optimizer");
         assert_eq!(path(json!({"learning_rat": 1})), "learning_rat");
         assert_eq!(path(json!({"device": "tpu"})), "device");
+        let dora = |key: &str, value: Value| json!({"lora": {"use_dora": true, key: value}});
+        assert_eq!(path(dora("dropout", json!(0.1))), "lora.use_dora");
+        assert_eq!(path(dora("init", json!("pissa"))), "lora.use_dora");
     }
 }

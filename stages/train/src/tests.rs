@@ -231,6 +231,7 @@ fn every_kind_of_adapter_gives_the_same_bytes_twice_and_after_a_kill() {
     for lora in [
         json!({"r": 4, "alpha": 8, "use_rslora": true, "init": "gaussian"}),
         json!({"r": 4, "alpha": 8, "init": "pissa"}),
+        json!({"r": 4, "alpha": 8, "use_dora": true}),
     ] {
         let mut space = Space::new();
         let params = exact(lora);
@@ -240,6 +241,8 @@ fn every_kind_of_adapter_gives_the_same_bytes_twice_and_after_a_kill() {
         assert_eq!(outcome.telemetry["resumed_from_step"], 10);
         space.attempts.clear();
         space.run("again", &params).unwrap();
+        let losses = space.losses("whole");
+        assert!(losses[11] < losses[0] - 0.5, "{params} {losses:?}");
         assert_eq!(space.artifacts("whole"), space.artifacts("resumed"), "{params}");
         assert_eq!(space.artifacts("whole"), space.artifacts("again"), "{params}");
     }

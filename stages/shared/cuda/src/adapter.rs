@@ -54,12 +54,17 @@ impl Lora {
     /// Uploads an adapter.
     ///
     /// # Errors
-    /// [`CudaError`] where memory runs out.
+    /// [`CudaError`] where memory runs out, or for an adapter with DoRA.
     pub fn new(
         device: &Device,
         config: &ModelConfig,
         adapter: &Adapter,
     ) -> Result<Self, CudaError> {
+        if adapter.config.use_dora {
+            return Err(CudaError::Input(
+                "an adapter with DoRA cannot run on a GPU yet".to_owned(),
+            ));
+        }
         let r = adapter.config.r;
         let mut groups = vec![[Group::default(); 4]; config.num_hidden_layers];
         let mut end = 0u64;

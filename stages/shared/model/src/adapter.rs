@@ -31,12 +31,15 @@ pub struct LoraConfig {
     /// The scale is `alpha / √r` (Kalajdzievski, 2023) instead of `alpha / r`.
     #[serde(default)]
     pub use_rslora: bool,
+    /// Every output feature has a magnitude of its own (DoRA).
+    #[serde(default)]
+    pub use_dora: bool,
 }
 
 impl Default for LoraConfig {
     fn default() -> Self {
         let targets = PROJECTIONS.map(str::to_owned).to_vec();
-        Self { r: 16, alpha: 16.0, dropout: 0.0, targets, use_rslora: false }
+        Self { r: 16, alpha: 16.0, dropout: 0.0, targets, use_rslora: false, use_dora: false }
     }
 }
 
@@ -64,6 +67,8 @@ pub struct Factor {
     pub a: Range<usize>,
     /// `B [out, r]`, row-major.
     pub b: Range<usize>,
+    /// Magnitudes `[out]` with DoRA, else empty.
+    pub magnitude: Range<usize>,
     /// Input features.
     pub inputs: usize,
     /// Output features.
@@ -149,12 +154,16 @@ impl Adapter {
                         projection,
                         a: take(config.r * inputs),
                         b: 0..0,
+                        magnitude: 0..0,
                         inputs,
                         outputs,
                     });
                 }
                 for factor in &mut factors[first..] {
                     factor.b = take(factor.outputs * config.r);
+                }
+                for factor in factors[first..].iter_mut().filter(|_| config.use_dora) {
+                    factor.magnitude = take(factor.outputs);
                 }
             }
         }
@@ -167,13 +176,22 @@ impl Adapter {
         self.config.scale()
     }
 
-    /// The factors of a group of projections in one layer.
-    pub(crate) fn group(&self, layer: usize, group: usize) -> &[Factor] {
+    /// The tensors inside `values`, which they tile.
+    pub fn tensors(&self) -> Vec<Range<usize>> {
+        let of_factor = |f: &Factor| [f.a.clone(), f.b.clone(), f.magnitude.clone()];
+        let mut tensors: Vec<_> = self.factors.iter().flat_map(of_factor).collect();
+        tensors.retain(|range| !range.is_empty());
+        tensors.sort_by_key(|range| range.start);
+        tensors
+    }
+
+    /// Where the factors of a group of projections in one layer are.
+    pub(crate) fn group(&self, layer: usize, group: usize) -> Range<usize> {
         let per_layer = self.config.targets_in_order();
         let before = per_layer.iter().filter(|p| **p < GROUPS[group][0]).count();
         let count = per_layer.iter().filter(|p| GROUPS[group].contains(p)).count();
         let first = layer * per_layer.len() + before;
-        &self.factors[first..first + count]
+        first..first + count
     }
 }
 

@@ -8,6 +8,7 @@ use kernels::{elementwise, norm};
 
 use crate::adapter::{Adapter, DropoutKey, GROUPS};
 use crate::decoder::PinnedLayer;
+use crate::dora::Gain;
 use crate::linear::{Branch, Frozen};
 
 /// What all layers of one pass share.
@@ -15,6 +16,8 @@ pub(crate) struct Pass<'a> {
     pub(crate) config: &'a ModelConfig,
     pub(crate) rope: &'a RopeTable,
     pub(crate) adapter: Option<&'a Adapter>,
+    /// Of every factor with DoRA, else empty.
+    pub(crate) gains: Vec<Gain>,
     pub(crate) dropout: Option<DropoutKey>,
     pub(crate) cu_seqlens: &'a [i32],
     pub(crate) positions: Vec<u32>,
@@ -39,7 +42,7 @@ pub(crate) struct LayerState {
     low_rank: [Vec<f32>; 4],
 }
 
-impl<'a> Pass<'a> {
+impl Pass<'_> {
     /// Positions restart at every segment.
     pub(crate) fn positions_of(cu_seqlens: &[i32]) -> Vec<u32> {
         cu_seqlens.windows(2).flat_map(|w| 0..(w[1] - w[0]) as u32).collect()
@@ -49,9 +52,9 @@ impl<'a> Pass<'a> {
         attention_shape(self.config)
     }
 
-    fn branch(&self, layer: usize, group: usize) -> Option<Branch<'a>> {
+    fn branch(&self, layer: usize, group: usize) -> Option<Branch<'_>> {
         let key = self.dropout.map(|key| key.of(layer, group));
-        self.adapter.map(|adapter| Branch::new(adapter, layer, group, key))
+        self.adapter.map(|adapter| Branch::new(adapter, &self.gains, layer, group, key))
     }
 
     /// Runs the projections of one group on `x`; returns their outputs and the low-rank activation.
@@ -69,8 +72,10 @@ impl<'a> Pass<'a> {
             .map(|&projection| {
                 let frozen = weights.projection(projection);
                 let mut y = vec![0.0; x.len() / frozen.inputs * frozen.outputs];
-                let up = branch.as_ref().and_then(|b| b.up(projection, &low_rank));
-                frozen.forward(x, up, &mut y);
+                match &branch {
+                    Some(branch) => branch.forward(projection, frozen, x, &low_rank, &mut y),
+                    None => frozen.forward(x, None, &mut y),
+                }
                 y
             })
             .collect();
@@ -88,9 +93,19 @@ impl<'a> Pass<'a> {
         grad: &mut [f32],
     ) {
         let branch = self.branch(layer, group);
+        let behind_gains: Vec<Option<Vec<f32>>> = GROUPS[group]
+            .iter()
+            .zip(dy)
+            .map(|(&projection, dy)| {
+                let frozen = weights.projection(projection);
+                branch.as_ref()?.gain_backward(projection, frozen, (x, low_rank), dy, grad)
+            })
+            .collect();
+        let dy: Vec<&[f32]> =
+            behind_gains.iter().zip(dy).map(|(dz, dy)| dz.as_deref().unwrap_or(dy)).collect();
         let mut du = vec![0.0; low_rank.len()];
         if let Some(branch) = &branch {
-            for (&projection, dy) in GROUPS[group].iter().zip(dy) {
+            for (&projection, dy) in GROUPS[group].iter().zip(&dy) {
                 branch.up_backward(projection, low_rank, dy, &mut du, grad);
             }
             branch.down_backward(x, &mut du, grad);
@@ -100,7 +115,7 @@ impl<'a> Pass<'a> {
             GROUPS[group].iter().map(|&projection| weights.projection(projection)).collect();
         let inputs = frozen[0].inputs;
         let mut terms: Vec<Term<'_>> =
-            frozen.iter().zip(dy).map(|(frozen, dy)| frozen.backward(dy)).collect();
+            frozen.iter().zip(&dy).map(|(frozen, dy)| frozen.backward(dy)).collect();
         terms.extend(branch.as_ref().and_then(|b| b.down_gradient(&du)));
         gemm_chain(dx.len() / inputs, inputs, &terms, dx, inputs, Into::Overwrite);
         if let Some(branch) = &branch {

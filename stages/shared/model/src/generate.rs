@@ -10,6 +10,7 @@ use rayon::prelude::*;
 
 use crate::adapter::{Adapter, GROUPS};
 use crate::decoder::{Model, Pinned, PinnedLayer};
+use crate::dora::Gain;
 use crate::error::ModelError;
 use crate::forward::{attention_shape, embed};
 use crate::linear::add_bias;
@@ -56,6 +57,8 @@ struct PackedGroup {
     a: Option<PackedMatrix>,
     /// `(projection, B)` in the order of the columns of A.
     b: Vec<(usize, PackedMatrix)>,
+    /// Of each of them with DoRA, else empty.
+    gains: Vec<Gain>,
 }
 
 /// A row being decoded.
@@ -299,9 +302,16 @@ impl Decoder<'_> {
             let matrix = &self.packed.layers[layer][projection];
             let input = View::rows(x, frozen.inputs);
             gemm_packed(rows, input, matrix, &mut y, frozen.outputs, Into::Overwrite);
-            add_bias(frozen.bias, &mut y);
+            let gain = adapter.and_then(|(_, g)| g.gain(projection));
+            if gain.is_none() {
+                add_bias(frozen.bias, &mut y);
+            }
             if let Some((a, g)) = adapter {
                 g.up(projection, &low_rank, a.r, &mut y);
+            }
+            if let Some(gain) = gain {
+                gain.apply(&mut y);
+                add_bias(frozen.bias, &mut y);
             }
             y
         })
@@ -327,8 +337,10 @@ impl PackedWeights {
 impl PackedAdapter {
     fn new(model: &Model, adapter: &Adapter) -> Self {
         let r = adapter.config.r;
+        let mut gains = Gain::of(adapter, &model.pin()).into_iter();
         let groups = (0..model.layers.len() * GROUPS.len()).map(|index| {
-            let factors = adapter.group(index / GROUPS.len(), index % GROUPS.len());
+            let members = adapter.group(index / GROUPS.len(), index % GROUPS.len());
+            let factors = &adapter.factors[members];
             let a = factors.first().zip(factors.last()).map(|(first, last)| {
                 let values = &adapter.values[first.a.start..last.a.end];
                 let (inputs, columns) = (first.inputs, factors.len() * r);
@@ -338,13 +350,18 @@ impl PackedAdapter {
                 let values = View::transposed(&adapter.values[f.b.clone()], r);
                 (f.projection, PackedMatrix::new(r, f.outputs, values))
             });
-            PackedGroup { a, b: b.collect() }
+            let gains = gains.by_ref().take(factors.len()).collect();
+            PackedGroup { a, b: b.collect(), gains }
         });
         Self { scale: adapter.scale(), r, groups: groups.collect() }
     }
 }
 
 impl PackedGroup {
+    fn gain(&self, projection: usize) -> Option<&Gain> {
+        self.gains.get(self.b.iter().position(|(p, _)| *p == projection)?)
+    }
+
     fn down(&self, x: &[f32], scale: f32) -> Vec<f32> {
         let Some(a) = &self.a else { return Vec::new() };
         let rows = x.len() / a.rows();

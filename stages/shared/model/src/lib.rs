@@ -6,6 +6,7 @@
 
 mod adapter;
 mod decoder;
+mod dora;
 mod error;
 mod forward;
 mod generate;

@@ -9,6 +9,7 @@ use kernels::gemm::{Into, Term, View, gemm, gemm_chain};
 use kernels::{dropout::dropout, elementwise};
 
 use crate::adapter::{Adapter, Factor};
+use crate::dora::Gain;
 
 /// A frozen weight `[outputs, inputs]` and bias `[outputs]` in memory.
 #[derive(Clone, Copy)]
@@ -36,6 +37,11 @@ impl<'a> Frozen<'a> {
         }
     }
 
+    /// The same weight without its bias.
+    fn without_bias(self) -> Self {
+        Self { bias: None, ..self }
+    }
+
     /// The product of `dx = dy·W`.
     pub(crate) fn backward<'b>(&self, dy: &'b [f32]) -> Term<'b>
     where
@@ -59,14 +65,24 @@ pub(crate) fn add_bias(bias: Option<&[f32]>, y: &mut [f32]) {
 pub(crate) struct Branch<'a> {
     adapter: &'a Adapter,
     factors: &'a [Factor],
+    /// Of each factor with DoRA, else empty.
+    gains: &'a [Gain],
     /// Key of the dropout mask, where there is dropout.
     key: Option<u64>,
 }
 
 impl<'a> Branch<'a> {
-    pub(crate) fn new(adapter: &'a Adapter, layer: usize, group: usize, key: Option<u64>) -> Self {
+    pub(crate) fn new(
+        adapter: &'a Adapter,
+        gains: &'a [Gain],
+        layer: usize,
+        group: usize,
+        key: Option<u64>,
+    ) -> Self {
         let key = key.filter(|_| adapter.config.dropout > 0.0);
-        Self { adapter, factors: adapter.group(layer, group), key }
+        let members = adapter.group(layer, group);
+        let gains = gains.get(members.clone()).unwrap_or_default();
+        Self { adapter, factors: &adapter.factors[members], gains, key }
     }
 
     /// Columns of `u`: the rank times the adapted projections of the group.
@@ -96,8 +112,46 @@ impl<'a> Branch<'a> {
         u
     }
 
+    /// `y` of the projection of that index, adapted or not.
+    pub(crate) fn forward(
+        &self,
+        projection: usize,
+        frozen: Frozen<'_>,
+        x: &[f32],
+        u: &[f32],
+        y: &mut [f32],
+    ) {
+        let up = self.up(projection, u);
+        let Some(gain) = self.gain(projection) else { return frozen.forward(x, up, y) };
+        frozen.without_bias().forward(x, up, y);
+        gain.apply(y);
+        add_bias(frozen.bias, y);
+    }
+
+    /// With DoRA, adds to the gradient of the magnitudes and returns `dy` behind the gain.
+    pub(crate) fn gain_backward(
+        &self,
+        projection: usize,
+        frozen: Frozen<'_>,
+        (x, u): (&[f32], &[f32]),
+        dy: &[f32],
+        grad: &mut [f32],
+    ) -> Option<Vec<f32>> {
+        let (gain, (_, factor)) = (self.gain(projection)?, self.member(projection)?);
+        let mut z = vec![0.0; dy.len()];
+        frozen.without_bias().forward(x, self.up(projection, u), &mut z);
+        gain.magnitude_gradient(&z, dy, &mut grad[factor.magnitude.clone()]);
+        let mut dz = dy.to_vec();
+        gain.apply(&mut dz);
+        Some(dz)
+    }
+
+    fn gain(&self, projection: usize) -> Option<&Gain> {
+        self.gains.get(self.member(projection)?.0)
+    }
+
     /// The product of `y += u·Bᵀ` for the projection of that index, where it is adapted.
-    pub(crate) fn up<'b>(&'b self, projection: usize, u: &'b [f32]) -> Option<Term<'b>> {
+    fn up<'b>(&'b self, projection: usize, u: &'b [f32]) -> Option<Term<'b>> {
         let (member, factor) = self.member(projection)?;
         let (r, width) = (self.adapter.config.r, self.width());
         let b = View::transposed(&self.adapter.values[factor.b.clone()], r);

@@ -5,6 +5,7 @@ use kernels::norm;
 
 use crate::adapter::{Adapter, DropoutKey};
 use crate::decoder::{Model, Pinned};
+use crate::dora::Gain;
 use crate::error::ModelError;
 use crate::forward::{LayerState, Pass, embed};
 
@@ -106,7 +107,9 @@ impl Model {
         dropout: Option<DropoutKey>,
         cu_seqlens: &'a [i32],
     ) -> Pass<'a> {
+        let gains = adapter.filter(|a| a.config.use_dora).map(|a| Gain::of(a, &self.pin()));
         Pass {
+            gains: gains.unwrap_or_default(),
             config: &self.config,
             rope: self.rope(),
             adapter,

@@ -13,6 +13,7 @@ use crate::{Model, ModelConfig, ModelError};
 
 const CONFIG: &str = "adapter_config.json";
 const WEIGHTS: &str = "adapter_model.safetensors";
+const MAGNITUDE: &str = "lora_magnitude_vector";
 
 /// The fields of PEFT's LoRA configuration that change what the adapter computes.
 #[derive(Deserialize)]
@@ -92,7 +93,7 @@ impl Adapter {
             "revision": null,
             "target_modules": self.config.targets,
             "task_type": "CAUSAL_LM",
-            "use_dora": false,
+            "use_dora": self.config.use_dora,
             "use_rslora": self.config.use_rslora,
         });
         let path = folder.join(CONFIG);
@@ -111,8 +112,12 @@ impl Adapter {
         for f in &self.factors {
             let a = bytes(&self.values[f.a.clone()]);
             let b = bytes(&self.values[f.b.clone()]);
-            parts.push((tensor_name(&f.name, "lora_A"), vec![r, f.inputs], a));
-            parts.push((tensor_name(&f.name, "lora_B"), vec![f.outputs, r], b));
+            parts.push((tensor_name(&f.name, "lora_A.weight"), vec![r, f.inputs], a));
+            parts.push((tensor_name(&f.name, "lora_B.weight"), vec![f.outputs, r], b));
+            if self.config.use_dora {
+                let m = bytes(&self.values[f.magnitude.clone()]);
+                parts.push((tensor_name(&f.name, MAGNITUDE), vec![f.outputs], m));
+            }
         }
         let fault = |e: safetensors::SafeTensorError| ModelError::Input(format!("adapter: {e}"));
         let views = parts
@@ -132,7 +137,7 @@ impl Adapter {
     ///
     /// # Errors
     /// [`ModelError`] naming the field or tensor that is missing, misshapen or not supported
-    /// (DoRA, rank patterns, trained biases or modules).
+    /// (rank patterns, trained biases or modules).
     pub fn load_peft(folder: &Path, model: &Model) -> Result<Self, ModelError> {
         let config = PeftConfig::read(folder)?;
         let adapter = Self::read_factors(folder, &config, model.config())?;
@@ -170,6 +175,7 @@ impl Adapter {
             dropout: config.lora_dropout,
             targets: config.target_modules.clone(),
             use_rslora: config.use_rslora,
+            use_dora: config.use_dora,
         };
         let mut adapter = Self::zeros(model, &lora)?;
         let path = folder.join(WEIGHTS);
@@ -179,9 +185,12 @@ impl Adapter {
         let Self { factors, values, .. } = &mut adapter;
         let mut used = 0;
         for f in factors.iter() {
-            for (which, range, shape) in
-                [("lora_A", &f.a, [lora.r, f.inputs]), ("lora_B", &f.b, [f.outputs, lora.r])]
-            {
+            let wanted = [
+                ("lora_A.weight", &f.a, vec![lora.r, f.inputs]),
+                ("lora_B.weight", &f.b, vec![f.outputs, lora.r]),
+                (MAGNITUDE, &f.magnitude, vec![f.outputs]),
+            ];
+            for (which, range, shape) in wanted.into_iter().filter(|(_, r, _)| !r.is_empty()) {
                 let name = tensor_name(&f.name, which);
                 let view = file.tensor(&name).map_err(|e| fault(format!("{name}: {e}")))?;
                 if view.shape() != shape {
@@ -236,8 +245,6 @@ impl PeftConfig {
         let saved = self.modules_to_save.as_ref().is_some_and(|m| !m.is_empty());
         let fault = if self.peft_type != "LORA" {
             format!("peft_type `{}`", self.peft_type)
-        } else if self.use_dora {
-            "use_dora".to_owned()
         } else if self.fan_in_fan_out {
             "fan_in_fan_out".to_owned()
         } else if biased {
@@ -246,6 +253,8 @@ impl PeftConfig {
             "modules_to_save".to_owned()
         } else if !self.rank_pattern.is_empty() || !self.alpha_pattern.is_empty() {
             "rank_pattern or alpha_pattern".to_owned()
+        } else if self.use_dora && self.is_pissa() {
+            "use_dora together with init_lora_weights `pissa`".to_owned()
         } else if let Some(start) = self.unknown_start() {
             format!("init_lora_weights `{start}`")
         } else if let Some(field) = self.refused_field() {
@@ -258,5 +267,5 @@ impl PeftConfig {
 }
 
 fn tensor_name(projection: &str, factor: &str) -> String {
-    format!("base_model.model.{projection}.{factor}.weight")
+    format!("base_model.model.{projection}.{factor}")
 }

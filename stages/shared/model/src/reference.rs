@@ -7,19 +7,28 @@ use burn::tensor::{Device, Int, Tensor, TensorData};
 
 use crate::adapter::{Adapter, Factor, PROJECTIONS};
 use crate::decoder::{Layer, Model};
+use crate::dora::Gain;
 use crate::micro_step::{Loss, MicroBatch};
 
 /// A pass over one batch on a device of Burn's.
 struct Twin<'a> {
     model: &'a Model,
     device: Device,
-    /// `(A, B)` of every factor.
-    factors: Vec<(&'a Factor, Tensor<2>, Tensor<2>)>,
+    factors: Vec<TwinFactor<'a>>,
     scale: f32,
     cos: Tensor<2>,
     sin: Tensor<2>,
     /// 0 where a query may look, minus infinity elsewhere `[n, n]`.
     mask: Tensor<2>,
+}
+
+/// One factor's tensors.
+struct TwinFactor<'a> {
+    factor: &'a Factor,
+    a: Tensor<2>,
+    b: Tensor<2>,
+    /// Magnitudes and norms `[1, out]` with DoRA.
+    dora: Option<(Tensor<2>, Tensor<2>)>,
 }
 
 /// Loss and gradient as [`Model::loss_and_grad`] gives them (without dropout), by autodiff.
@@ -40,8 +49,9 @@ pub fn loss_and_grad(
     let total: f32 = sum.clone().into_scalar();
     let grads = (sum * scale).backward();
     let mut grad = vec![0.0; adapter.values.len()];
-    for (factor, a, b) in &twin.factors {
-        for (tensor, range) in [(a, &factor.a), (b, &factor.b)] {
+    for TwinFactor { factor, a, b, dora } in &twin.factors {
+        let magnitude = dora.as_ref().map(|(m, _)| (m, &factor.magnitude));
+        for (tensor, range) in [(a, &factor.a), (b, &factor.b)].into_iter().chain(magnitude) {
             if let Some(g) = tensor.grad(&grads) {
                 grad[range.clone()].copy_from_slice(&values(&g));
             }
@@ -75,19 +85,25 @@ impl<'a> Twin<'a> {
         let tensor = |values: &[f32], shape: [usize; 2]| -> Tensor<2> {
             Tensor::from_data(TensorData::new(values.to_vec(), shape), &device)
         };
+        let trained = |values: &[f32], shape: [usize; 2]| {
+            let tensor = tensor(values, shape);
+            if device.is_autodiff() { tensor.require_grad() } else { tensor }
+        };
+        let gains = adapter.map(|a| Gain::of(a, &model.pin())).unwrap_or_default();
         let factors = adapter.into_iter().flat_map(|adapter| {
             let r = adapter.config.r;
-            adapter.factors.iter().map(move |f| (f, r, adapter))
+            adapter.factors.iter().enumerate().map(move |(index, f)| (index, f, r, adapter))
         });
         let factors = factors
-            .map(|(f, r, adapter)| {
-                let a = tensor(&adapter.values[f.a.clone()], [r, f.inputs]);
-                let b = tensor(&adapter.values[f.b.clone()], [f.outputs, r]);
-                if device.is_autodiff() {
-                    (f, a.require_grad(), b.require_grad())
-                } else {
-                    (f, a, b)
-                }
+            .map(|(index, factor, r, adapter)| TwinFactor {
+                factor,
+                a: trained(&adapter.values[factor.a.clone()], [r, factor.inputs]),
+                b: trained(&adapter.values[factor.b.clone()], [factor.outputs, r]),
+                dora: gains.get(index).map(|gain| {
+                    let magnitudes = &adapter.values[factor.magnitude.clone()];
+                    let shape = [1, factor.outputs];
+                    (trained(magnitudes, shape), tensor(&gain.norms, shape))
+                }),
             })
             .collect();
         let c = model.config();
@@ -160,20 +176,23 @@ impl<'a> Twin<'a> {
         x + self.linear(index, layer, 6, silu(gate) * up)
     }
 
-    /// `x·Wᵀ + bias + scale · (x·Aᵀ)·Bᵀ`.
+    /// `g ⊙ (x·Wᵀ + scale · (x·Aᵀ)·Bᵀ) + bias`; `g` is 1 without DoRA.
     fn linear(&self, index: usize, layer: &Layer, projection: usize, x: Tensor<2>) -> Tensor<2> {
         let mut y = x.clone().matmul(self.frozen(&layer.projections[projection]).transpose());
-        if let Some(bias) = &layer.biases[projection] {
-            y = y + self.frozen(bias).unsqueeze::<2>();
-        }
         let name = PROJECTIONS[projection];
         let adapted = self
             .factors
             .iter()
-            .find(|(f, _, _)| f.layer == index && f.name.rsplit('.').next() == Some(name));
-        if let Some((_, a, b)) = adapted {
+            .find(|f| f.factor.layer == index && f.factor.name.rsplit('.').next() == Some(name));
+        if let Some(TwinFactor { a, b, dora, .. }) = adapted {
             let low = x.matmul(a.clone().transpose());
             y = y + low.matmul(b.clone().transpose()) * self.scale;
+            if let Some((magnitudes, norms)) = dora {
+                y = y * (magnitudes.clone() / norms.clone());
+            }
+        }
+        if let Some(bias) = &layer.biases[projection] {
+            y = y + self.frozen(bias).unsqueeze::<2>();
         }
         y
     }

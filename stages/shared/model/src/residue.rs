@@ -1,5 +1,7 @@
 //! Adapters that are trained on what is left of the weights (PiSSA).
 
+use std::ops::Range;
+
 use burn::tensor::{Tensor, TensorData};
 use kernels::gemm::{Into, View, gemm};
 
@@ -15,7 +17,7 @@ impl Model {
             let pinned = self.pin();
             let frozen = pinned.layers[factor.layer].projection(factor.projection);
             let mut rest = frozen.weight.to_vec();
-            adapter.add_product(factor, -adapter.scale(), &mut rest);
+            adapter.add_product(factor, 0..factor.outputs, -adapter.scale(), &mut rest);
             let shape = [factor.outputs, factor.inputs];
             let rest = Tensor::from_data(TensorData::new(rest, shape), &device);
             self.layers[factor.layer].projections[factor.projection] = rest;
@@ -25,13 +27,20 @@ impl Model {
 }
 
 impl Adapter {
-    /// Adds `scale · B·A` to `sum [out, in]`.
-    pub(crate) fn add_product(&self, factor: &Factor, scale: f32, sum: &mut [f32]) {
+    /// Adds the given rows of `scale · B·A` to `sum [rows, in]`.
+    pub(crate) fn add_product(
+        &self,
+        factor: &Factor,
+        rows: Range<usize>,
+        scale: f32,
+        sum: &mut [f32],
+    ) {
         let r = self.config.r;
+        let (first, count) = (factor.b.start + rows.start * r, rows.len());
         let a = View::rows(&self.values[factor.a.clone()], factor.inputs);
-        let b: Vec<f32> = self.values[factor.b.clone()].iter().map(|b| scale * b).collect();
+        let b: Vec<f32> = self.values[first..first + count * r].iter().map(|b| scale * b).collect();
         let b = View::rows(&b, r);
-        gemm(factor.outputs, factor.inputs, r, b, a, sum, factor.inputs, Into::Accumulate);
+        gemm(count, factor.inputs, r, b, a, sum, factor.inputs, Into::Accumulate);
     }
 
     /// The adapter of twice the rank that does to the whole weights what this one does to them less
@@ -40,6 +49,9 @@ impl Adapter {
     /// # Errors
     /// [`ModelError::Input`] where the two differ in shape.
     pub fn relative_to(&self, start: &Self, model: &Model) -> Result<Self, ModelError> {
+        if self.config.use_dora {
+            return Err(ModelError::Input("DoRA is no sum of a start and a change".to_owned()));
+        }
         if self.config != start.config || self.values.len() != start.values.len() {
             return Err(ModelError::Input("an adapter and its start differ in shape".to_owned()));
         }

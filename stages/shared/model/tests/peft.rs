@@ -4,7 +4,7 @@
 
 use std::path::{Path, PathBuf};
 
-use model::{Adapter, LoraConfig, MicroBatch, Model};
+use model::{Adapter, GenerateOptions, LoraConfig, MicroBatch, Model, reference};
 use safetensors::SafeTensors;
 
 /// The goldens are the repository's own: another set of fixtures does not replace them.
@@ -63,7 +63,12 @@ fn assert_gradients(variant: &str, model: &Model, adapter: &Adapter, raw: &[u8])
     model.loss_and_grad(adapter, batch, scale, None, &mut grad).unwrap();
     let mut seen = 0;
     for f in &adapter.factors {
-        for (name, range) in [("lora_A.weight", &f.a), ("lora_B.weight", &f.b)] {
+        let tensors = [
+            ("lora_A.weight", &f.a),
+            ("lora_B.weight", &f.b),
+            ("lora_magnitude_vector", &f.magnitude),
+        ];
+        for (name, range) in tensors.into_iter().filter(|(_, range)| !range.is_empty()) {
             let expected = floats(&file, &format!("grad.base_model.model.{}.{name}", f.name));
             let ours = &grad[range.clone()];
             let off = norm(ours.iter().zip(&expected).map(|(a, b)| a - b))
@@ -83,6 +88,63 @@ fn fixture_rslora_gives_pefts_logits_and_gradients() {
     assert!(adapter.config.use_rslora);
     let raw = assert_logits("rslora", &model, &adapter);
     assert_gradients("rslora", &model, &adapter, &raw);
+}
+
+#[test]
+fn fixture_dora_gives_pefts_logits_and_gradients() {
+    let model = Model::load(&base()).unwrap();
+    let adapter = Adapter::load_peft(&fixtures("peft/dora"), &model).unwrap();
+    assert!(adapter.config.use_dora);
+    let raw = assert_logits("dora", &model, &adapter);
+    assert_gradients("dora", &model, &adapter, &raw);
+}
+
+#[test]
+fn dora_changes_nothing_at_its_start_and_its_gradient_is_that_of_autodiff() {
+    let model = Model::load(&base()).unwrap();
+    let ids: Vec<i32> = (0..30).map(|i| i * 37 % 512).collect();
+    let config = LoraConfig { r: 4, alpha: 6.0, use_dora: true, ..LoraConfig::default() };
+    let mut adapter = Adapter::gaussian(model.config(), &config, 5).unwrap();
+    adapter.set_magnitudes(&model).unwrap();
+    let logits = |adapter: Option<&Adapter>| model.logits(adapter, &ids, &[0, 12, 30]).unwrap();
+    assert!(max_difference(&logits(Some(&adapter)), &logits(None)) < 1e-5);
+    disturb(&mut adapter);
+    assert!(max_difference(&logits(Some(&adapter)), &logits(None)) > 0.05);
+    let batch = MicroBatch { tokens: &ids, cu_seqlens: &[0, 12, 30], targets: &ids };
+    let mut grad = vec![0.0; adapter.values.len()];
+    let loss = model.loss_and_grad(&adapter, batch, 0.25, None, &mut grad).unwrap();
+    let (twin_loss, twin) = reference::loss_and_grad(&model, &adapter, batch, 0.25);
+    assert!((loss.sum - twin_loss.sum).abs() < 1e-5 * twin_loss.sum);
+    for range in adapter.tensors() {
+        let pairs = grad[range.clone()].iter().zip(&twin[range.clone()]);
+        let off = norm(pairs.map(|(a, b)| a - b)) / norm(twin[range.clone()].iter().copied());
+        assert!(off < 1e-4, "{range:?}: {off}");
+    }
+}
+
+#[test]
+fn dora_decodes_what_the_full_forward_gives() {
+    let model = Model::load(&base()).unwrap();
+    let config = LoraConfig { r: 4, alpha: 6.0, use_dora: true, ..LoraConfig::default() };
+    let mut adapter = Adapter::gaussian(model.config(), &config, 5).unwrap();
+    adapter.set_magnitudes(&model).unwrap();
+    disturb(&mut adapter);
+    let prompts: Vec<Vec<u32>> = vec![vec![3, 1, 4], (0..11).map(|i| i * 41 % 512).collect()];
+    let options = GenerateOptions { max_new_tokens: 8, end_tokens: vec![], batch_size: 2 };
+    let mut rows = 0;
+    let check = &mut |g: model::Generated| {
+        let mut ids: Vec<i32> = prompts[g.prompt].iter().map(|t| *t as i32).collect();
+        for token in g.tokens {
+            let logits = model.logits(Some(&adapter), &ids, &[0, ids.len() as i32]).unwrap();
+            let last = &logits[logits.len() - 512..];
+            assert_eq!(kernels::elementwise::argmax(last) as u32, token);
+            ids.push(token as i32);
+        }
+        rows += 1;
+        true
+    };
+    model.generate(Some(&adapter), &prompts, &options, check).unwrap();
+    assert_eq!(rows, 2);
 }
 
 #[test]
@@ -180,8 +242,13 @@ fn written_adapters_give_the_same_logits_in_peft_and_read_back() {
     let model = Model::load(&base()).unwrap();
     let ids: Vec<i32> = (0..20).map(|i| i * 37 % 512).collect();
     let plain = LoraConfig { r: 4, alpha: 6.0, ..LoraConfig::default() };
-    for config in [plain.clone(), LoraConfig { use_rslora: true, ..plain }] {
+    let rslora = LoraConfig { use_rslora: true, ..plain.clone() };
+    let dora = LoraConfig { use_dora: true, ..rslora.clone() };
+    for config in [plain, rslora, dora] {
         let mut adapter = Adapter::gaussian(model.config(), &config, 5).unwrap();
+        if config.use_dora {
+            adapter.set_magnitudes(&model).unwrap();
+        }
         disturb(&mut adapter);
         let dir = tempfile::tempdir().unwrap();
         adapter.save_peft(dir.path(), "tiny").unwrap();

@@ -71,6 +71,10 @@ impl CudaLearner {
             return Err(StageError::input("`lora.dropout` is not available on a GPU yet")
                 .help("set it to 0, or set `device: cpu`"));
         }
+        if params.lora.use_dora {
+            return Err(StageError::input("`lora.use_dora` is not available on a GPU yet")
+                .help("remove it, or set `device: cpu`"));
+        }
         let gpu = open(params)?;
         let config = ModelConfig::read(&ModelFolder::open(folder)?)?;
         let adapter = match init_adapter {
@@ -96,9 +100,7 @@ impl CudaLearner {
     /// Buffers and states for micro-batches of that size.
     fn make(&self, activations: Activations, capacity: usize) -> Result<Prepared, CudaError> {
         let step = Step::new(&self.gpu, &self.frozen, &self.lora, capacity, activations)?;
-        let mut tensors: Vec<_> =
-            self.adapter.factors.iter().flat_map(|f| [f.a.clone(), f.b.clone()]).collect();
-        tensors.sort_by_key(|range| range.start);
+        let tensors = self.adapter.tensors();
         let maps = dynamic_maps();
         let spare = Some(step.spare());
         let optimizer = Optimizer::new(&self.gpu, self.settings, &tensors, &maps, spare)?;

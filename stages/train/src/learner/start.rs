@@ -44,8 +44,9 @@ fn check_same(params: &Params, adapter: &Adapter) -> Result<(), StageError> {
     } else if (wanted.alpha - found.alpha).abs() > 1e-6 * wanted.alpha {
         format!("has alpha {}, the params say {}", found.alpha, wanted.alpha)
     } else if wanted.use_rslora != found.use_rslora {
-        let has = |yes| if yes { "has" } else { "has no" };
-        format!("{} `use_rslora`, the params say otherwise", has(found.use_rslora))
+        format!("has `use_rslora: {}`, the params say otherwise", found.use_rslora)
+    } else if wanted.use_dora != found.use_dora {
+        format!("has `use_dora: {}`, the params say otherwise", found.use_dora)
     } else if sorted(&wanted.targets) != sorted(&found.targets) {
         let [found, wanted] = [&found.targets, &wanted.targets].map(|t| t.join(", "));
         format!("adapts {found}; the params say {wanted}")
