@@ -94,7 +94,7 @@ fn train(request: &Request, reporter: &mut Reporter) -> Result<Outcome, StageErr
         use crate::learner::CudaLearner;
         let wanted = match params.device {
             Device::Cuda(_) => true,
-            Device::Auto => CudaLearner::is_available(),
+            Device::Auto => CudaLearner::is_available(reporter),
             Device::Cpu => false,
         };
         if wanted {

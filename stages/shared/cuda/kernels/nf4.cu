@@ -13,9 +13,11 @@ __device__ const float NF4[16] = {
 extern "C" __global__ void nf4_decode(const u8* codes, const u8* absmax, const float* scales,
                                       float offset, T* out, int cols, int ld, u64 count) {
   const float *map = scales, *nested = scales + 256;
-  __shared__ float value[16];
-  if (threadIdx.x < 16) value[threadIdx.x] = NF4[threadIdx.x];
+  // A column of the table for each lane: lookups of a warp never meet in a bank.
+  __shared__ float values[16 * 32];
+  for (int i = threadIdx.x; i < 16 * 32; i += blockDim.x) values[i] = NF4[i / 32];
   __syncthreads();
+  const float* value = values + (threadIdx.x & 31);
   u32 first = (blockIdx.x * 4 * blockDim.x + threadIdx.x) * 8, step = blockDim.x * 8;
   u32 packed[4];
   float scale[4];
@@ -36,8 +38,8 @@ extern "C" __global__ void nf4_decode(const u8* codes, const u8* absmax, const f
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       u32 byte = (packed[k] >> (8 * i)) & 255u;
-      decoded[2 * i] = store(value[byte >> 4] * scale[k]);
-      decoded[2 * i + 1] = store(value[byte & 15] * scale[k]);
+      decoded[2 * i] = store(value[(byte >> 4) * 32] * scale[k]);
+      decoded[2 * i + 1] = store(value[(byte & 15) * 32] * scale[k]);
     }
     u32 row = at / (u32)cols, column = at - row * (u32)cols;
     Pack* to = (Pack*)(out + (u64)row * ld + column);

@@ -304,6 +304,11 @@ impl Device {
         Ok(self.stream.synchronize()?)
     }
 
+    /// The stream that all work goes to.
+    pub(crate) fn cu_stream(&self) -> sys::CUstream {
+        self.stream.cu_stream()
+    }
+
     /// Bytes of memory that the device has.
     ///
     /// # Errors

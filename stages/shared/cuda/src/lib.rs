@@ -14,6 +14,7 @@ mod error;
 mod gemm;
 mod optimizer;
 mod profile;
+mod staging;
 mod step;
 mod weights;
 

@@ -12,6 +12,7 @@ use model::MicroBatch;
 use crate::adapter::Lora;
 use crate::attention::Plan;
 use crate::device::{Buffer, Device};
+use crate::staging::Staging;
 use crate::{CudaError, Frozen};
 use pass::Pass;
 
@@ -64,6 +65,7 @@ pub struct Step {
     /// Tokens, positions, segment starts and stops, target rows, targets: orders of tiles:
     /// `[11, capacity]` i32.
     integers: Buffer,
+    staging: Staging,
     total: Buffer,
 }
 
@@ -212,6 +214,7 @@ impl Step {
             cosines: device.upload_f32(&cosines)?,
             sines: device.upload_f32(&sines)?,
             integers: device.alloc(capacity as u64 * 11 * 4)?,
+            staging: Staging::new(capacity * 11 * 4)?,
             total: device.zeros(8)?,
         })
     }
@@ -310,13 +313,13 @@ impl Step {
         if let Some(plan) = &self.attention {
             [columns[8], columns[9], columns[10]] = plan.orders(&columns[2], &columns[3]);
         }
-        let mut bytes = vec![0u8; self.capacity * 11 * 4];
-        for (column, to) in columns.iter().zip(bytes.chunks_exact_mut(self.capacity * 4)) {
-            for (value, to) in column.iter().zip(to.chunks_exact_mut(4)) {
-                to.copy_from_slice(&value.to_le_bytes());
+        self.staging.send(device, self.integers.ptr(), |bytes| {
+            for (column, to) in columns.iter().zip(bytes.chunks_exact_mut(self.capacity * 4)) {
+                for (value, to) in column.iter().zip(to.chunks_exact_mut(4)) {
+                    to.copy_from_slice(&value.to_le_bytes());
+                }
             }
-        }
-        device.write(self.integers.ptr(), &bytes)?;
+        })?;
         let column = |index: usize| self.integers.ptr() + (index * self.capacity * 4) as u64;
         Ok(Batch {
             n,

@@ -56,9 +56,20 @@ fn stage_error(error: CudaError) -> StageError {
 }
 
 impl CudaLearner {
-    /// Whether there is a GPU that this program can use.
-    pub(crate) fn is_available() -> bool {
-        Gpu::open(0, GpuDtype::F32).is_ok()
+    /// Whether there is a GPU that this program can use; says why not where one may be there.
+    pub(crate) fn is_available(reporter: &mut Reporter) -> bool {
+        match Gpu::open(0, GpuDtype::F32) {
+            Ok(_) => true,
+            Err(CudaError::Library { library: "cuda" }) => {
+                reporter.log("no NVIDIA driver: training on the CPU");
+                false
+            }
+            Err(error) => {
+                let help = error.help().unwrap_or("set `device: cuda` to insist");
+                reporter.warn(format!("no GPU is used, training on the CPU: {error} ({help})"));
+                false
+            }
+        }
     }
 
     /// Loads the model, and the adapter to start from where there is one.
