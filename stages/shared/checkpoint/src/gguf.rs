@@ -122,6 +122,13 @@ impl GgmlType {
         })
     }
 
+    /// ggml's number of the type.
+    pub fn id(self) -> u32 {
+        (0..=30)
+            .find(|id| Self::from_id(*id) == Some(self))
+            .expect("invariant: every type is known")
+    }
+
     /// Elements in one block; the fastest dimension is a multiple of it.
     pub fn block_len(self) -> u64 {
         match self {

@@ -225,7 +225,7 @@ pub(crate) fn floats(data: &[u8]) -> Vec<f32> {
 }
 
 /// llama.cpp's name of a transformers tensor.
-fn gguf_name(name: &str) -> Option<String> {
+pub fn gguf_name(name: &str) -> Option<String> {
     let fixed = match name {
         "model.embed_tokens.weight" => "token_embd.weight",
         "model.norm.weight" => "output_norm.weight",

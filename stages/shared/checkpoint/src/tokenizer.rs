@@ -86,6 +86,30 @@ impl Tokenizer {
         self.eos
     }
 
+    /// A `tokenizer.json` of the tokenizer; where texts begin with [`Tokenizer::bos`], its
+    /// post-processor puts it there.
+    ///
+    /// # Errors
+    /// [`CheckpointError::Text`] where it cannot be written down.
+    pub fn to_json(&self) -> Result<Value, CheckpointError> {
+        let fault = |e: &dyn std::fmt::Display| {
+            CheckpointError::Text(format!("the tokenizer cannot be written: {e}"))
+        };
+        let mut json = serde_json::to_value(&self.inner).map_err(|e| fault(&e))?;
+        let bos = self.bos.filter(|_| self.adds_bos && json["post_processor"].is_null());
+        if let Some((id, text)) = bos.and_then(|id| Some((id, self.inner.id_to_token(id)?))) {
+            let (mark, a) = (json!({"SpecialToken": {"id": text, "type_id": 0}}), "A");
+            let sequence = |id: &str| json!({"Sequence": {"id": id, "type_id": 0}});
+            json["post_processor"] = json!({
+                "type": "TemplateProcessing",
+                "single": [mark, sequence(a)],
+                "pair": [mark, sequence(a), mark, sequence("B")],
+                "special_tokens": {&text: {"id": text, "ids": [id], "tokens": [text]}},
+            });
+        }
+        Ok(json)
+    }
+
     /// Whether the model was trained on texts that begin with [`Tokenizer::bos`].
     pub fn adds_bos(&self) -> bool {
         self.adds_bos
@@ -182,7 +206,7 @@ fn from_gguf(gguf: &Gguf) -> Result<Tokenizer, CheckpointError> {
 
 /// Normaliser, pre-tokenizer and `ignore_merges` behind llama.cpp's name for them, as the models'
 /// own `tokenizer.json` files have them.
-fn pre_tokenizer(name: &str) -> Option<(Value, Value, bool)> {
+pub(crate) fn pre_tokenizer(name: &str) -> Option<(Value, Value, bool)> {
     let bytes = |use_regex: bool| {
         json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true,
             "use_regex": use_regex})

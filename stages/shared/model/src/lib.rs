@@ -12,6 +12,7 @@ mod forward;
 mod generate;
 mod init;
 mod linear;
+mod merge;
 mod micro_step;
 mod peft;
 pub mod reference;
