@@ -152,6 +152,15 @@ impl Nf4 {
         &self.absmax
     }
 
+    /// Bytes of codes and scales.
+    pub fn bytes(&self) -> usize {
+        let scales = match &self.absmax {
+            Absmax::Plain(scales) => size_of_val(&scales[..]),
+            Absmax::Nested(nested) => nested.codes.len() + size_of_val(&nested.absmax[..]),
+        };
+        self.packed.len() + scales
+    }
+
     /// The scale of block `index` of the flat matrix.
     pub fn scale(&self, index: usize) -> f32 {
         match &self.absmax {

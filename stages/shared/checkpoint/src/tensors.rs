@@ -5,10 +5,11 @@ use std::path::PathBuf;
 use half::{bf16, f16};
 use safetensors::Dtype;
 
-use crate::nf4::Nf4;
+use crate::nf4::{FloatType, Nf4};
 use crate::packed::{is_packed, read_nf4};
 use crate::quantization::Quantization;
 use crate::shards::{Shards, Stored};
+use crate::stored::{HalfMatrix, StoredMatrix};
 use crate::{CheckpointError, Family, Gguf, ModelConfig, ModelFolder, ggml};
 
 /// The weights of a model folder.
@@ -106,15 +107,55 @@ impl<'a> Weights<'a> {
             let packed = load_nf4(shards, quantization.as_ref(), name, &weight, shape)?;
             return Ok(LinearWeight::Nf4(packed));
         }
-        if quantization.as_ref().is_some_and(|q| !q.skips(module_of(name))) {
-            let message = format!(
-                "`{name}` is stored as {:?}, but config.json says that it is quantised \
-                 (llm_int8_skip_modules does not name it)",
-                weight.dtype
-            );
-            return Err(CheckpointError::content(weight.path, message));
-        }
+        self.check_unquantised(name, &weight)?;
         plain(name, &weight, &shape).map(LinearWeight::Full)
+    }
+
+    /// Reads a matrix `[rows, columns]` as it is stored, where that is smaller than f32 and decodes
+    /// fast: safetensors in NF4, bf16 or f16. `None` for every other format.
+    ///
+    /// # Errors
+    /// As [`Weights::load`], or [`Weights::load_linear`] where it is `linear`.
+    pub fn load_stored(
+        &self,
+        name: &str,
+        shape: [usize; 2],
+        linear: bool,
+    ) -> Result<Option<StoredMatrix>, CheckpointError> {
+        let Source::Safetensors { shards, .. } = &self.source else { return Ok(None) };
+        let weight = self.stored(shards, name)?;
+        let dtype = match weight.dtype {
+            _ if is_packed(shards, name, weight.dtype) && linear => {
+                return Ok(match self.load_linear(name, shape)? {
+                    LinearWeight::Nf4(packed) => Some(StoredMatrix::Nf4(packed)),
+                    LinearWeight::Full(_) => None,
+                });
+            }
+            Dtype::BF16 => FloatType::Bf16,
+            Dtype::F16 => FloatType::F16,
+            _ => return Ok(None),
+        };
+        if linear {
+            self.check_unquantised(name, &weight)?;
+        }
+        check_shape(name, &weight, &shape)?;
+        Ok(HalfMatrix::new(shape, dtype, weight.data).map(StoredMatrix::Half))
+    }
+
+    /// Refuses a linear layer stored in full that the configuration does not name as such.
+    fn check_unquantised(&self, name: &str, weight: &Stored<'_>) -> Result<(), CheckpointError> {
+        let Source::Safetensors { quantization: Some(quantization), .. } = &self.source else {
+            return Ok(());
+        };
+        if quantization.skips(module_of(name)) {
+            return Ok(());
+        }
+        let message = format!(
+            "`{name}` is stored as {:?}, but config.json says that it is quantised \
+             (llm_int8_skip_modules does not name it)",
+            weight.dtype
+        );
+        Err(CheckpointError::content(weight.path, message))
     }
 
     fn stored<'s>(&self, shards: &'s Shards, name: &str) -> Result<Stored<'s>, CheckpointError> {
@@ -188,13 +229,20 @@ fn load_nf4(
 
 /// Decodes a tensor that is stored as floats.
 fn plain(name: &str, weight: &Stored<'_>, shape: &[usize]) -> Result<Vec<f32>, CheckpointError> {
-    let fault = |message| CheckpointError::content(weight.path, message);
-    if weight.shape != shape {
-        let found = weight.shape;
-        return Err(fault(format!("{name} is {found:?}, expected {shape:?}")));
+    check_shape(name, weight, shape)?;
+    to_f32(weight.dtype, weight.data).ok_or_else(|| {
+        let message = format!("{name} has unsupported type {:?}", weight.dtype);
+        CheckpointError::content(weight.path, message)
+    })
+}
+
+fn check_shape(name: &str, weight: &Stored<'_>, shape: &[usize]) -> Result<(), CheckpointError> {
+    if weight.shape == shape {
+        return Ok(());
     }
-    to_f32(weight.dtype, weight.data)
-        .ok_or_else(|| fault(format!("{name} has unsupported type {:?}", weight.dtype)))
+    let found = weight.shape;
+    let message = format!("{name} is {found:?}, expected {shape:?}");
+    Err(CheckpointError::content(weight.path, message))
 }
 
 /// Undoes llama.cpp's row order: row `2i + j` of a head is row `j * d/2 + i` in transformers.
