@@ -235,4 +235,6 @@ fn manual(dialect: &Dialect, wanted: &[ManualPrompt]) -> Result<Vec<Prompt>, Sta
 }
 
 #[cfg(test)]
+mod fixtures;
+#[cfg(test)]
 mod tests;

@@ -1,0 +1,122 @@
+//! Renderings equal to transformers', byte for byte, of the templates in TRL's wheel.
+#![allow(clippy::unwrap_used, reason = "tests")]
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use checkpoint::ChatTemplate;
+
+use super::*;
+
+/// `benches/fixtures/chat_templates.py` writes it.
+#[derive(Deserialize)]
+struct Fixtures {
+    templates: BTreeMap<String, String>,
+    conversations: BTreeMap<String, Conversation>,
+    cases: Vec<Case>,
+}
+
+#[derive(Deserialize)]
+struct Conversation {
+    tools: Vec<Tool>,
+    messages: Vec<Message>,
+}
+
+#[derive(Deserialize)]
+struct Case {
+    template: String,
+    name: String,
+    text: String,
+    prompts: Vec<String>,
+}
+
+fn read() -> Fixtures {
+    let repository = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures");
+    let named = std::env::var_os("PIPE_FIXTURES").map(PathBuf::from);
+    let paths = named.into_iter().chain([repository]).map(|dir| dir.join("chat_templates.json"));
+    // Another set of reference outputs may hold models alone.
+    let text = paths.into_iter().find_map(|path| std::fs::read(path).ok()).unwrap();
+    serde_json::from_slice(&text).unwrap()
+}
+
+/// Runs the stage on rows that are both trained and tested on; returns texts and prompts.
+fn run_stage(source: &str, rows: &[Row]) -> (Vec<RenderedRow>, Vec<Prompt>) {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    std::fs::create_dir(at("model")).unwrap();
+    std::fs::write(at("model/config.json"), "{}").unwrap();
+    std::fs::write(at("model/chat_template.jinja"), source).unwrap();
+    write_jsonl(&at("rows.jsonl"), rows).unwrap();
+    let signature = Template.resolve(&Value::Null).unwrap();
+    let outputs = signature.outputs.iter().map(|o| (o.name.clone(), at(&o.file_name)));
+    let inputs = [("model", "model"), ("train", "rows.jsonl"), ("test", "rows.jsonl")];
+    let request = Request {
+        protocol: contract::PROTOCOL,
+        stage: "template".to_owned(),
+        kind: "template".to_owned(),
+        params: signature.params.clone(),
+        inputs: inputs.map(|(name, file)| (name.to_owned(), at(file))).into(),
+        outputs: outputs.collect(),
+        scratch: at("scratch"),
+        earlier_scratch: Vec::new(),
+        pipeline_dir: dir.path().to_owned(),
+        lock: None,
+        upstream: Vec::new(),
+        threads: 1,
+    };
+    Template.run(&request, &mut Reporter::silent()).unwrap();
+    let read = (read_jsonl(&request.outputs["train"]), read_jsonl(&request.outputs["prompts"]));
+    (read.0.unwrap(), read.1.unwrap())
+}
+
+#[test]
+fn fixture_the_stage_renders_qwen2_5_as_transformers_does() {
+    let fixtures = read();
+    let mut cases = 0;
+    for name in ["qwen2_5", "qwen2_5_training"] {
+        let of_template: Vec<&Case> =
+            fixtures.cases.iter().filter(|c| c.template == name).collect();
+        let rows: Vec<Row> = of_template
+            .iter()
+            .enumerate()
+            .map(|(i, case)| {
+                let Conversation { tools, messages } = &fixtures.conversations[&case.name];
+                let (tools, messages) = (tools.clone(), messages.clone());
+                Row { id: case.name.clone(), index: i as u64, tools, messages }
+            })
+            .collect();
+        let (texts, prompts) = run_stage(&fixtures.templates[name], &rows);
+        for (case, rendered) in of_template.iter().zip(&texts) {
+            assert_eq!(rendered.text, case.text, "{name}: {}", case.name);
+            cases += 1;
+        }
+        let expected: Vec<&String> = of_template.iter().flat_map(|c| &c.prompts).collect();
+        assert_eq!(prompts.iter().map(|p| &p.text).collect::<Vec<_>>(), expected, "{name}");
+    }
+    assert!(cases >= 18, "{cases} cases");
+}
+
+#[test]
+fn fixture_other_templates_render_as_in_transformers() {
+    let fixtures = read();
+    for case in &fixtures.cases {
+        let template = ChatTemplate {
+            origin: case.template.clone(),
+            source: fixtures.templates[&case.template].clone(),
+            tool_source: None,
+            bos_token: String::new(),
+            eos_token: String::new(),
+        };
+        let dialect = Dialect::new(&template, ToolFormat::Native, None).unwrap();
+        let Conversation { tools, messages } = &fixtures.conversations[&case.name];
+        let turns = dialect.turns(messages, tools);
+        let text = turns.render(messages.len(), false).unwrap();
+        assert_eq!(text, case.text, "{}: {}", case.template, case.name);
+        let ends = messages
+            .windows(2)
+            .enumerate()
+            .filter(|(_, pair)| pair[0].role == Role::User && pair[1].role == Role::Assistant);
+        let prompts: Vec<String> = ends.map(|(i, _)| turns.render(i + 1, true).unwrap()).collect();
+        assert_eq!(prompts, case.prompts, "{}: {}", case.template, case.name);
+    }
+}
