@@ -15,6 +15,8 @@ fn main() -> ExitCode {
         #[cfg(feature = "stages")]
         &stage_evaluate::Evaluate,
         #[cfg(feature = "stages")]
+        &stage_export::Export,
+        #[cfg(feature = "stages")]
         &stage_train::Train,
         #[cfg(feature = "stages")]
         &stage_report::Report,

@@ -3,33 +3,42 @@
 
 use half::{bf16, f16};
 
-use crate::GgmlType;
+use crate::{GgmlType, ggml};
 
-/// The types that [`encode`] writes.
+/// The types that [`GgmlType::encode`] writes.
 const ENCODED: &str = "F32, F16, BF16, Q8_0, Q4_0";
 
-/// Encodes row-major values; blocks of 32 elements share a scale in Q8_0 and Q4_0.
-///
-/// # Errors
-/// Names a type that cannot be written, a value that is not finite, or a length that does not fit
-/// the blocks.
-pub fn encode(dtype: GgmlType, values: &[f32]) -> Result<Vec<u8>, String> {
-    if let Some(at) = values.iter().position(|v| !v.is_finite()) {
-        return Err(format!("value {at} is {}", values[at]));
+impl GgmlType {
+    /// Encodes row-major values; blocks of 32 elements share a scale in Q8_0 and Q4_0.
+    ///
+    /// # Errors
+    /// Names a type that cannot be written, a value that is not finite, or a length that does not
+    /// fit the blocks.
+    pub fn encode(self, values: &[f32]) -> Result<Vec<u8>, String> {
+        if let Some(at) = values.iter().position(|v| !v.is_finite()) {
+            return Err(format!("value {at} is {}", values[at]));
+        }
+        let Some(bytes) = self.tensor_bytes(&[values.len() as u64]) else {
+            return Err(format!("{} values do not fill blocks of {self:?}", values.len()));
+        };
+        let mut out = Vec::with_capacity(bytes as usize);
+        let halves = |v: &f32| f16::from_f32(*v).to_le_bytes();
+        let brains = |v: &f32| bf16::from_f32(*v).to_le_bytes();
+        match self {
+            Self::F32 => out.extend(values.iter().flat_map(|v| v.to_le_bytes())),
+            Self::F16 => out.extend(values.iter().flat_map(halves)),
+            Self::BF16 => out.extend(values.iter().flat_map(brains)),
+            Self::Q8_0 => out.extend(values.as_chunks().0.iter().flat_map(q8_0)),
+            Self::Q4_0 => out.extend(values.as_chunks().0.iter().flat_map(q4_0)),
+            _ => return Err(format!("type {self:?} cannot be written (can be: {ENCODED})")),
+        }
+        Ok(out)
     }
-    let Some(bytes) = dtype.tensor_bytes(&[values.len() as u64]) else {
-        return Err(format!("{} values do not fill blocks of {dtype:?}", values.len()));
-    };
-    let mut out = Vec::with_capacity(bytes as usize);
-    match dtype {
-        GgmlType::F32 => out.extend(values.iter().flat_map(|v| v.to_le_bytes())),
-        GgmlType::F16 => out.extend(values.iter().flat_map(|v| f16::from_f32(*v).to_le_bytes())),
-        GgmlType::BF16 => out.extend(values.iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes())),
-        GgmlType::Q8_0 => out.extend(values.as_chunks().0.iter().flat_map(q8_0)),
-        GgmlType::Q4_0 => out.extend(values.as_chunks().0.iter().flat_map(q4_0)),
-        _ => return Err(format!("type {dtype:?} cannot be written (can be: {ENCODED})")),
+
+    /// Decodes `count` values; `None` where the type is not supported or `data` has another length.
+    pub fn decode(self, data: &[u8], count: usize) -> Option<Vec<f32>> {
+        ggml::decode(self, data, count)
     }
-    Ok(out)
 }
 
 /// `d: f16, codes: [i8; 32]`: the largest magnitude gets the code 127; halves round away from zero.
@@ -88,14 +97,14 @@ mod tests {
             ("Q4_0", GgmlType::Q4_0),
         ] {
             let expected = file.tensor(name).unwrap();
-            assert!(encode(dtype, &values).unwrap() == expected.data(), "{name}");
+            assert!(dtype.encode(&values).unwrap() == expected.data(), "{name}");
         }
     }
 
     #[test]
     fn what_cannot_be_encoded_is_named() {
-        assert!(encode(GgmlType::Q6_K, &[0.0; 256]).unwrap_err().contains("Q6_K"));
-        assert!(encode(GgmlType::Q8_0, &[0.0; 31]).unwrap_err().contains("31 values"));
-        assert!(encode(GgmlType::F16, &[0.0, f32::NAN]).unwrap_err().contains("value 1 is NaN"));
+        assert!(GgmlType::Q6_K.encode(&[0.0; 256]).unwrap_err().contains("Q6_K"));
+        assert!(GgmlType::Q8_0.encode(&[0.0; 31]).unwrap_err().contains("31 values"));
+        assert!(GgmlType::F16.encode(&[0.0, f32::NAN]).unwrap_err().contains("value 1 is NaN"));
     }
 }

