@@ -216,6 +216,30 @@ fn fixture_shards_hold_what_one_file_does() {
     assert_eq!(of(one.path()), of(many.path()));
 }
 
+/// Adapters that PEFT wrote for the tiny Qwen2: `benches/fixtures/peft_variants.py`.
+fn peft_variant(name: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/peft").join(name)
+}
+
+#[test]
+fn fixture_variants_of_lora_are_merged_as_they_compute() {
+    let model = tiny("qwen2", "f32");
+    let ids = input_ids("qwen2");
+    let plain = logits(&model, None, &ids);
+    for variant in ["rslora", "dora"] {
+        let adapter = peft_variant(variant);
+        let inputs = [("model", &*model), ("adapter", &*adapter)];
+        let out = run(json!({}), &inputs).unwrap();
+        let exact = logits(&model, Some(&adapter), &ids);
+        let off = relative(&logits(&out.path().join("model"), None, &ids), &exact);
+        assert!(off < 4e-2 && off < relative(&plain, &exact) / 3.0, "{variant}: {off}");
+    }
+    let pissa = peft_variant("pissa");
+    let inputs = [("model", &*model), ("adapter", &*pissa)];
+    let fault = run(json!({}), &inputs).unwrap_err();
+    assert!(fault.message.contains("PiSSA"), "{}", fault.message);
+}
+
 #[test]
 fn fixture_nf4_models_merge_onto_either_base() {
     // The repository's copy holds no quantised checkpoint.
@@ -285,8 +309,12 @@ fn fixture_pythons_own_libraries_read_every_export() {
         return;
     };
     let script = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../benches/check_export.py");
-    for family in ["llama", "qwen2"] {
-        let (model, adapter) = (with_tokenizer(family, "f32"), tiny(family, "adapter"));
+    for (family, adapter) in [
+        ("llama", tiny("llama", "adapter")),
+        ("qwen2", tiny("qwen2", "adapter")),
+        ("qwen2", peft_variant("dora")),
+    ] {
+        let model = with_tokenizer(family, "f32");
         for format in ["safetensors", "gguf-f16", "gguf-q8_0", "gguf-q4_0"] {
             let inputs = [("model", model.path()), ("adapter", &*adapter)];
             let out = run(json!({"format": format}), &inputs).unwrap();

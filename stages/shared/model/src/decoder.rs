@@ -1,4 +1,4 @@
-//! The decoder's frozen weights: Burn tensors under their checkpoint names.
+//! The decoder's frozen weights under their checkpoint names.
 
 use std::path::Path;
 use std::sync::OnceLock;
@@ -12,19 +12,20 @@ use rayon::prelude::*;
 use crate::adapter::projection_shape;
 use crate::generate::PackedWeights;
 use crate::linear::Frozen;
+use crate::matrix::{Matrix, PinnedMatrix};
 use crate::{Adapter, LoraConfig, ModelError};
 
 /// A loaded decoder with frozen weights.
 pub struct Model {
     pub(crate) config: ModelConfig,
     /// Token embeddings `[vocabulary, hidden]`; also the head where it is tied.
-    pub embed_tokens: Tensor<2>,
+    pub embed_tokens: Matrix,
     /// Layers in order.
     pub layers: Vec<Layer>,
     /// Final norm `[hidden]`.
     pub norm: Tensor<1>,
     /// Head `[vocabulary, hidden]` where it is not tied.
-    pub lm_head: Option<Tensor<2>>,
+    pub lm_head: Option<Matrix>,
     pub(crate) packed: OnceLock<PackedWeights>,
     rope: OnceLock<RopeTable>,
 }
@@ -32,7 +33,7 @@ pub struct Model {
 /// One decoder layer.
 pub struct Layer {
     /// Weights `[out, in]` in the order of [`crate::PROJECTIONS`].
-    pub projections: Vec<Tensor<2>>,
+    pub projections: Vec<Matrix>,
     /// Biases `[out]` in the same order, where the family has them.
     pub biases: Vec<Option<Tensor<1>>>,
     /// Norm before attention.
@@ -52,10 +53,7 @@ impl Model {
         let config = ModelConfig::read(&folder)?;
         let weights = Weights::open(&folder, &config)?;
         let device = Device::flex();
-        let matrix = |name: &str, shape: [usize; 2]| -> Result<Tensor<2>, ModelError> {
-            let values = weights.load(name, &shape)?;
-            Ok(Tensor::from_data(TensorData::new(values, shape), &device))
-        };
+        let matrix = |name: &str, shape| Matrix::load(&weights, name, shape, false);
         let vector = |name: &str, len: usize| -> Result<Tensor<1>, ModelError> {
             let values = weights.load(name, &[len])?;
             Ok(Tensor::from_data(TensorData::new(values, [len]), &device))
@@ -68,8 +66,7 @@ impl Model {
                 let name = crate::adapter::projection_name(index, projection);
                 let (inputs, outputs) = projection_shape(&config, projection);
                 let shape = [outputs, inputs];
-                let values = weights.load_linear(&format!("{name}.weight"), shape)?.into_f32();
-                projections.push(Tensor::from_data(TensorData::new(values, shape), &device));
+                projections.push(Matrix::load(&weights, &format!("{name}.weight"), shape, true)?);
                 let biased = config.qkv_bias && projection < 3;
                 let bias = biased.then(|| vector(&format!("{name}.bias"), outputs)).transpose()?;
                 biases.push(bias);
@@ -105,12 +102,9 @@ impl Model {
 
     /// Bytes of the weights in memory.
     pub fn weight_bytes(&self) -> u64 {
-        let c = &self.config;
-        let linear: usize =
-            (0..crate::PROJECTIONS.len()).map(|p| projection_shape(c, p)).map(|(i, o)| i * o).sum();
-        let heads = 1 + usize::from(self.lm_head.is_some());
-        let count = heads * c.vocab_size * c.hidden_size + c.num_hidden_layers * linear;
-        (count * size_of::<f32>()) as u64
+        let linear = self.layers.iter().flat_map(|layer| &layer.projections);
+        let outer = [&self.embed_tokens].into_iter().chain(&self.lm_head);
+        linear.chain(outer).map(|matrix| matrix.bytes() as u64).sum()
     }
 
     /// Longest context of the model in tokens.
@@ -141,15 +135,15 @@ impl Model {
     }
 
     /// The head `[vocabulary, hidden]`.
-    pub(crate) fn head(&self) -> &Tensor<2> {
+    pub(crate) fn head(&self) -> &Matrix {
         self.lm_head.as_ref().unwrap_or(&self.embed_tokens)
     }
 
     /// The weights' own memory, borrowed through the tensors' primitives.
     pub(crate) fn pin(&self) -> Pinned {
         Pinned {
-            embed: Memory::of(&self.embed_tokens),
-            head: Memory::of(self.head()),
+            embed: self.embed_tokens.pin(),
+            head: self.head().pin(),
             norm: Memory::of(&self.norm),
             layers: self
                 .layers
@@ -161,7 +155,7 @@ impl Model {
                         .zip(&layer.biases)
                         .map(|(w, b)| {
                             let [outputs, inputs] = w.dims();
-                            (Memory::of(w), b.as_ref().map(Memory::of), inputs, outputs)
+                            (w.pin(), b.as_ref().map(Memory::of), inputs, outputs)
                         })
                         .collect(),
                     input_norm: Memory::of(&layer.input_layernorm),
@@ -176,7 +170,7 @@ impl Model {
 pub(crate) struct Memory(burn::backend::flex::FlexTensor);
 
 impl Memory {
-    fn of<const D: usize>(tensor: &Tensor<D>) -> Self {
+    pub(crate) fn of<const D: usize>(tensor: &Tensor<D>) -> Self {
         let primitive = tensor.clone().try_into_primitive::<Flex>();
         Self(primitive.expect("invariant: models are loaded onto flex"))
     }
@@ -188,24 +182,29 @@ impl Memory {
 
 /// Shares of all weights.
 pub(crate) struct Pinned {
-    pub(crate) embed: Memory,
-    pub(crate) head: Memory,
+    pub(crate) embed: PinnedMatrix,
+    pub(crate) head: PinnedMatrix,
     pub(crate) norm: Memory,
     pub(crate) layers: Vec<PinnedLayer>,
 }
 
 /// Shares of one layer's weights.
 pub(crate) struct PinnedLayer {
-    projections: Vec<(Memory, Option<Memory>, usize, usize)>,
+    projections: Vec<(PinnedMatrix, Option<Memory>, usize, usize)>,
     pub(crate) input_norm: Memory,
     pub(crate) post_norm: Memory,
 }
 
 impl PinnedLayer {
+    /// Every projection in the order of [`crate::PROJECTIONS`].
+    pub(crate) fn projections(&self) -> impl Iterator<Item = Frozen<'_>> {
+        (0..self.projections.len()).map(|index| self.projection(index))
+    }
+
     pub(crate) fn projection(&self, index: usize) -> Frozen<'_> {
         let (weight, bias, inputs, outputs) = &self.projections[index];
         Frozen {
-            weight: weight.slice(),
+            weight: weight.view(),
             bias: bias.as_ref().map(Memory::slice),
             inputs: *inputs,
             outputs: *outputs,

@@ -91,7 +91,7 @@ fn norms(adapter: &Adapter, factor: &Factor, frozen: Frozen<'_>) -> Vec<f32> {
     let mut norms = vec![0.0; factor.outputs];
     norms.par_chunks_mut(ROWS).enumerate().for_each(|(block, norms)| {
         let rows = block * ROWS..block * ROWS + norms.len();
-        let mut sum = frozen.weight[rows.start * inputs..rows.end * inputs].to_vec();
+        let mut sum = frozen.weight.rows(rows.clone(), inputs);
         adapter.add_product(factor, rows, adapter.scale(), &mut sum);
         for (norm, row) in norms.iter_mut().zip(sum.chunks_exact(inputs)) {
             let square: f64 = row.iter().map(|w| f64::from(*w) * f64::from(*w)).sum();

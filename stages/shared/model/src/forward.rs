@@ -1,5 +1,7 @@
 //! One decoder layer on the CPU kernels, forward and backward, over packed segments.
 
+use std::borrow::Cow;
+
 use checkpoint::ModelConfig;
 use kernels::attention::{self, Saved, Shape};
 use kernels::gemm::{Into, Term, gemm_chain};
@@ -114,8 +116,10 @@ impl Pass<'_> {
         let frozen: Vec<Frozen<'_>> =
             GROUPS[group].iter().map(|&projection| weights.projection(projection)).collect();
         let inputs = frozen[0].inputs;
+        let values: Vec<Cow<'_, [f32]>> = frozen.iter().map(|f| f.weight.values()).collect();
+        let weights = frozen.iter().zip(&values).zip(&dy);
         let mut terms: Vec<Term<'_>> =
-            frozen.iter().zip(&dy).map(|(frozen, dy)| frozen.backward(dy)).collect();
+            weights.map(|((frozen, weight), dy)| frozen.backward(weight, dy)).collect();
         terms.extend(branch.as_ref().and_then(|b| b.down_gradient(&du)));
         gemm_chain(dx.len() / inputs, inputs, &terms, dx, inputs, Into::Overwrite);
         if let Some(branch) = &branch {

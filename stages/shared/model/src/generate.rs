@@ -14,6 +14,7 @@ use crate::dora::Gain;
 use crate::error::ModelError;
 use crate::forward::{attention_shape, embed};
 use crate::linear::add_bias;
+use crate::matrix::MatrixView;
 
 /// Prompt tokens whose activations exist at once while prefilling.
 const PREFILL_TOKENS: usize = 2048;
@@ -40,8 +41,10 @@ pub struct Generated {
     pub ended: bool,
 }
 
-/// Weights in the order in which small batches read them.
+/// Weights in the order in which small batches read them, in f32.
 pub(crate) struct PackedWeights {
+    /// None where the weights are stored in fewer bits and there is no room for them in f32: then
+    /// each is decoded in every step. That changes the speed, never a token.
     layers: Vec<Vec<PackedMatrix>>,
     head: PackedMatrix,
 }
@@ -232,7 +235,7 @@ impl Decoder<'_> {
     fn step(&self, rows: &mut [Row]) {
         let config = &self.model.config;
         let ids = rows.iter().map(|r| r.tokens[r.tokens.len() - 1] as usize);
-        let mut x = embed(self.pinned.embed.slice(), config.hidden_size, ids);
+        let mut x = self.pinned.embed.view().embed(config.hidden_size, ids);
         let positions: Vec<u32> = rows.iter().map(|r| r.position).collect();
         for (index, weights) in self.pinned.layers.iter().enumerate() {
             self.layer(weights, index, &mut x, &positions, rows);
@@ -299,9 +302,13 @@ impl Decoder<'_> {
             let frozen = weights.projection(projection);
             let rows = x.len() / frozen.inputs;
             let mut y = vec![0.0; rows * frozen.outputs];
-            let matrix = &self.packed.layers[layer][projection];
-            let input = View::rows(x, frozen.inputs);
-            gemm_packed(rows, input, matrix, &mut y, frozen.outputs, Into::Overwrite);
+            if let Some(matrices) = self.packed.layers.get(layer) {
+                let input = View::rows(x, frozen.inputs);
+                let matrix = &matrices[projection];
+                gemm_packed(rows, input, matrix, &mut y, frozen.outputs, Into::Overwrite);
+            } else {
+                frozen.without_bias().forward(x, None, &mut y);
+            }
             let gain = adapter.and_then(|(_, g)| g.gain(projection));
             if gain.is_none() {
                 add_bias(frozen.bias, &mut y);
@@ -320,18 +327,29 @@ impl Decoder<'_> {
 
 impl PackedWeights {
     fn new(model: &Model, pinned: &Pinned) -> Self {
-        let pack = |w: &[f32], inputs: usize, outputs: usize| {
-            PackedMatrix::new(inputs, outputs, View::transposed(w, inputs))
+        let linear = || pinned.layers.iter().flat_map(PinnedLayer::projections);
+        let bytes: usize = linear().map(|f| f.inputs * f.outputs * size_of::<f32>()).sum();
+        let roomy = available_memory().is_none_or(|free| bytes as u64 <= free / 2);
+        Self::with_layers(model, pinned, roomy || linear().all(|f| f.weight.is_full()))
+    }
+
+    fn with_layers(model: &Model, pinned: &Pinned, layers: bool) -> Self {
+        let pack = |w: MatrixView<'_>, inputs: usize, outputs: usize| {
+            PackedMatrix::new(inputs, outputs, View::transposed(&w.values(), inputs))
         };
-        let layers = pinned.layers.iter().map(|layer| {
-            (0..crate::PROJECTIONS.len())
-                .map(|p| layer.projection(p))
-                .map(|f| pack(f.weight, f.inputs, f.outputs))
-                .collect()
+        let packed = pinned.layers.iter().filter(|_| layers).map(|layer| {
+            layer.projections().map(|f| pack(f.weight, f.inputs, f.outputs)).collect()
         });
         let (hidden, vocabulary) = (model.config.hidden_size, model.config.vocab_size);
-        Self { layers: layers.collect(), head: pack(pinned.head.slice(), hidden, vocabulary) }
+        Self { layers: packed.collect(), head: pack(pinned.head.view(), hidden, vocabulary) }
     }
+}
+
+/// Bytes that the system could give out without swapping, where it says.
+fn available_memory() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
 }
 
 impl PackedAdapter {
@@ -380,3 +398,7 @@ impl PackedGroup {
         gemm_packed(rows, u, b, y, b.columns(), Into::Accumulate);
     }
 }
+
+#[cfg(test)]
+#[path = "generate_tests.rs"]
+mod tests;

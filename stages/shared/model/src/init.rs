@@ -61,7 +61,7 @@ impl Adapter {
         let mut adapter = Self::zeros(model.config(), config)?;
         let pinned = model.pin();
         adapter.approximate(1.0 / f64::from(config.scale()), |factor| {
-            pinned.layers[factor.layer].projection(factor.projection).weight.into()
+            pinned.layers[factor.layer].projection(factor.projection).weight.values()
         });
         Ok(adapter)
     }

@@ -12,6 +12,7 @@ mod forward;
 mod generate;
 mod init;
 mod linear;
+mod matrix;
 mod merge;
 mod micro_step;
 mod peft;
@@ -26,6 +27,7 @@ pub use decoder::Model;
 pub use error::ModelError;
 pub use generate::{GenerateOptions, Generated};
 pub use init::Init;
+pub use matrix::Matrix;
 pub use micro_step::{Loss, MicroBatch};
 
 /// Version of the arithmetic: part of the version of every stage kind that computes with it.

@@ -1,7 +1,7 @@
 //! One frozen projection with its adapter, forward and backward.
 //!
 //! With `u = scale · x·Aᵀ`: `y = x·Wᵀ + bias + u·Bᵀ`, `dB += dyᵀ·u`, `du = scale · dy·B`,
-//! `dA += duᵀ·x`, `dx += dy·W + du·A`. W is decoded once and never merged with the adapter.
+//! `dA += duᵀ·x`, `dx += dy·W + du·A`. W is never merged with the adapter.
 
 use std::ops::Range;
 
@@ -10,21 +10,23 @@ use kernels::{dropout::dropout, elementwise};
 
 use crate::adapter::{Adapter, Factor};
 use crate::dora::Gain;
+use crate::matrix::MatrixView;
 
 /// A frozen weight `[outputs, inputs]` and bias `[outputs]` in memory.
 #[derive(Clone, Copy)]
 pub(crate) struct Frozen<'a> {
-    pub(crate) weight: &'a [f32],
+    pub(crate) weight: MatrixView<'a>,
     pub(crate) bias: Option<&'a [f32]>,
     pub(crate) inputs: usize,
     pub(crate) outputs: usize,
 }
 
-impl<'a> Frozen<'a> {
+impl Frozen<'_> {
     /// `y = x·Wᵀ + bias + low_rank`, the last being a product of the adapter.
     pub(crate) fn forward(&self, x: &[f32], low_rank: Option<Term<'_>>, y: &mut [f32]) {
         let rows = x.len() / self.inputs;
-        let w = View::transposed(self.weight, self.inputs);
+        let weight = self.weight.values();
+        let w = View::transposed(&weight, self.inputs);
         let own = Term { k: self.inputs, a: View::rows(x, self.inputs), b: w };
         let n = self.outputs;
         match (low_rank, self.bias) {
@@ -38,16 +40,13 @@ impl<'a> Frozen<'a> {
     }
 
     /// The same weight without its bias.
-    fn without_bias(self) -> Self {
+    pub(crate) fn without_bias(self) -> Self {
         Self { bias: None, ..self }
     }
 
-    /// The product of `dx = dy·W`.
-    pub(crate) fn backward<'b>(&self, dy: &'b [f32]) -> Term<'b>
-    where
-        'a: 'b,
-    {
-        let b = View::rows(self.weight, self.inputs);
+    /// The product of `dx = dy·W`, for the values of the weight.
+    pub(crate) fn backward<'b>(&self, weight: &'b [f32], dy: &'b [f32]) -> Term<'b> {
+        let b = View::rows(weight, self.inputs);
         Term { k: self.outputs, a: View::rows(dy, self.outputs), b }
     }
 }

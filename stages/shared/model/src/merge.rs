@@ -1,8 +1,12 @@
 //! Adds an adapter to the weights that it was trained on.
 
+use kernels::elementwise;
 use rayon::prelude::*;
 
 use crate::adapter::{Adapter, Factor};
+
+/// Rows that one thread merges at a time.
+const ROWS: usize = 64;
 
 impl Adapter {
     /// The factors of the linear layer `module`, such as `model.layers.0.self_attn.q_proj`, where
@@ -11,21 +15,28 @@ impl Adapter {
         self.factors.iter().find(|f| f.name == module)
     }
 
-    /// Adds `scale · B·A` to `weight [out, in]`, row-major, as PEFT's `merge_and_unload` does: the
-    /// products of a row in the order of the ranks, in f32.
+    /// Adds `scale · B·A` to `weight [out, in]`, row-major, and with DoRA brings every row to its
+    /// magnitude: what PEFT's `merge_and_unload` does.
     ///
     /// # Panics
     /// Where `weight` is not of the factor's shape.
     pub fn merge(&self, factor: &Factor, weight: &mut [f32]) {
-        assert_eq!(weight.len(), factor.outputs * factor.inputs, "length of the weight");
-        let (r, scale) = (self.config.r, self.scale());
-        let (a, b) = (&self.values[factor.a.clone()], &self.values[factor.b.clone()]);
-        weight.par_chunks_mut(factor.inputs).zip(b.par_chunks(r)).for_each(|(row, b)| {
-            let mut delta = vec![0.0_f32; row.len()];
-            for (b, a) in b.iter().zip(a.chunks_exact(factor.inputs)) {
-                delta.iter_mut().zip(a).for_each(|(d, a)| *d += b * a);
+        let (inputs, outputs) = (factor.inputs, factor.outputs);
+        assert_eq!(weight.len(), outputs * inputs, "length of the weight");
+        let magnitudes = &self.values[factor.magnitude.clone()];
+        weight.par_chunks_mut(ROWS * inputs).enumerate().for_each(|(block, weight)| {
+            let first = block * ROWS;
+            let rows = first..first + weight.len() / inputs;
+            self.add_product(factor, rows.clone(), self.scale(), weight);
+            if !self.config.use_dora {
+                return;
             }
-            row.iter_mut().zip(delta).for_each(|(w, d)| *w += scale * d);
+            for (row, magnitude) in weight.chunks_exact_mut(inputs).zip(&magnitudes[rows]) {
+                let square: f64 = row.iter().map(|w| f64::from(*w) * f64::from(*w)).sum();
+                let norm = square.sqrt() as f32;
+                let gain = if norm > 0.0 { magnitude / norm } else { 0.0 };
+                elementwise::scale(row, gain);
+            }
         });
     }
 }

@@ -128,7 +128,7 @@ impl Model {
         mut keep: impl FnMut(LayerState),
     ) -> Vec<f32> {
         let ids = tokens.iter().map(|t| *t as usize);
-        let mut x = embed(pinned.embed.slice(), self.config.hidden_size, ids);
+        let mut x = pinned.embed.view().embed(self.config.hidden_size, ids);
         for (index, weights) in pinned.layers.iter().enumerate() {
             let (out, state) = pass.layer(weights, index, x);
             keep(state);
@@ -145,7 +145,8 @@ impl Model {
         let mut normed = vec![0.0; x.len()];
         norm::rms_norm(x, pinned.norm.slice(), self.config.rms_norm_eps, &mut normed);
         let mut logits = vec![0.0; rows * vocabulary];
-        let (h, w) = (View::rows(&normed, hidden), View::transposed(pinned.head.slice(), hidden));
+        let head = pinned.head.view().values();
+        let (h, w) = (View::rows(&normed, hidden), View::transposed(&head, hidden));
         gemm(rows, vocabulary, hidden, h, w, &mut logits, vocabulary, Into::Overwrite);
         logits
     }
@@ -163,15 +164,15 @@ impl Model {
         let rows = embed(x, hidden, targets.positions.iter().copied());
         let mut normed = vec![0.0; rows.len()];
         norm::rms_norm(&rows, pinned.norm.slice(), eps, &mut normed);
-        let head = pinned.head.slice();
+        let head = pinned.head.view().values();
         let count = targets.ids.len() as u64;
         let Some((scale, dx)) = gradient else {
-            let sum = linear_cross_entropy(&normed, head, hidden, &targets.ids, None);
+            let sum = linear_cross_entropy(&normed, &head, hidden, &targets.ids, None);
             return Loss { sum, targets: count };
         };
         let mut dnormed = vec![0.0; rows.len()];
         let gradient = Some((scale, &mut dnormed[..]));
-        let sum = linear_cross_entropy(&normed, head, hidden, &targets.ids, gradient);
+        let sum = linear_cross_entropy(&normed, &head, hidden, &targets.ids, gradient);
         let mut drows = vec![0.0; rows.len()];
         norm::rms_norm_backward(&rows, pinned.norm.slice(), eps, &dnormed, &mut drows);
         for (position, row) in targets.positions.iter().zip(drows.chunks_exact(hidden)) {

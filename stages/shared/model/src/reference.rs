@@ -146,12 +146,13 @@ impl<'a> Twin<'a> {
     }
 
     fn logits(&self, tokens: &[i32]) -> Tensor<2> {
-        let mut x = self.frozen(&self.model.embed_tokens).select(0, self.int(tokens.to_vec()));
+        let mut x =
+            self.frozen(&self.model.embed_tokens.tensor()).select(0, self.int(tokens.to_vec()));
         for (index, layer) in self.model.layers.iter().enumerate() {
             x = self.layer(index, layer, x);
         }
         let x = self.norm(x, &self.model.norm);
-        x.matmul(self.frozen(self.model.head()).transpose())
+        x.matmul(self.frozen(&self.model.head().tensor()).transpose())
     }
 
     fn layer(&self, index: usize, layer: &Layer, x: Tensor<2>) -> Tensor<2> {
@@ -178,7 +179,8 @@ impl<'a> Twin<'a> {
 
     /// `g ⊙ (x·Wᵀ + scale · (x·Aᵀ)·Bᵀ) + bias`; `g` is 1 without DoRA.
     fn linear(&self, index: usize, layer: &Layer, projection: usize, x: Tensor<2>) -> Tensor<2> {
-        let mut y = x.clone().matmul(self.frozen(&layer.projections[projection]).transpose());
+        let mut y =
+            x.clone().matmul(self.frozen(&layer.projections[projection].tensor()).transpose());
         let name = PROJECTIONS[projection];
         let adapted = self
             .factors

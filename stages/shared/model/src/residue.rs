@@ -2,25 +2,21 @@
 
 use std::ops::Range;
 
-use burn::tensor::{Tensor, TensorData};
 use kernels::gemm::{Into, View, gemm};
 
 use crate::adapter::{Adapter, Factor, LoraConfig};
-use crate::{Model, ModelError};
+use crate::{Matrix, Model, ModelError};
 
 impl Model {
     /// Takes `scale · B·A` away from every adapted weight.
     pub fn subtract(&mut self, adapter: &Adapter) {
         for factor in &adapter.factors {
-            let weight = &self.layers[factor.layer].projections[factor.projection];
-            let device = weight.device();
             let pinned = self.pin();
             let frozen = pinned.layers[factor.layer].projection(factor.projection);
-            let mut rest = frozen.weight.to_vec();
+            let mut rest = frozen.weight.values().into_owned();
             adapter.add_product(factor, 0..factor.outputs, -adapter.scale(), &mut rest);
             let shape = [factor.outputs, factor.inputs];
-            let rest = Tensor::from_data(TensorData::new(rest, shape), &device);
-            self.layers[factor.layer].projections[factor.projection] = rest;
+            self.layers[factor.layer].projections[factor.projection] = Matrix::full(rest, shape);
         }
         self.packed.take();
     }

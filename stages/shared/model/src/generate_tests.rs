@@ -1,0 +1,91 @@
+#![allow(clippy::unwrap_used, reason = "tests")]
+
+use std::path::{Path, PathBuf};
+
+use safetensors::tensor::TensorView;
+use safetensors::{Dtype, SafeTensors};
+
+use super::*;
+use crate::MicroBatch;
+use crate::matrix::Matrix;
+
+fn fixture(path: &str) -> PathBuf {
+    let repository = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../tests/fixtures");
+    repository.join("tiny-models").join(path)
+}
+
+/// A tiny model with its values rounded to bf16, once stored so and once as f32.
+fn rounded(family: &str) -> [tempfile::TempDir; 2] {
+    let source = fixture(&format!("{family}/f32"));
+    let bytes = std::fs::read(source.join("model.safetensors")).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    // Cutting the lower half off is a bf16 too.
+    let cut = |data: &[u8], f32: bool| -> Vec<u8> {
+        let keep = |b: &[u8; 4]| if f32 { vec![0, 0, b[2], b[3]] } else { vec![b[2], b[3]] };
+        data.as_chunks().0.iter().flat_map(keep).collect()
+    };
+    [false, true].map(|f32| {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::copy(source.join("config.json"), dir.path().join("config.json")).unwrap();
+        let parts: Vec<(String, Vec<usize>, Vec<u8>)> = file
+            .tensors()
+            .into_iter()
+            .map(|(name, view)| (name, view.shape().to_vec(), cut(view.data(), f32)))
+            .collect();
+        let dtype = if f32 { Dtype::F32 } else { Dtype::BF16 };
+        let views = parts.iter().map(|(name, shape, data)| {
+            (name.as_str(), TensorView::new(dtype, shape.clone(), data).unwrap())
+        });
+        let whole = safetensors::serialize(views, None).unwrap();
+        std::fs::write(dir.path().join("model.safetensors"), whole).unwrap();
+        dir
+    })
+}
+
+fn generated(model: &Model, adapter: &Adapter) -> Vec<Generated> {
+    let prompts = [vec![1, 2, 3], vec![7; 20], vec![400]];
+    let options = GenerateOptions { max_new_tokens: 12, end_tokens: vec![], batch_size: 2 };
+    let mut rows = Vec::new();
+    let mut keep = |row| {
+        rows.push(row);
+        true
+    };
+    model.generate(Some(adapter), &prompts, &options, &mut keep).unwrap();
+    rows.sort_by_key(|row| row.prompt);
+    rows
+}
+
+#[test]
+fn stored_weights_give_the_bits_of_decoded_ones() {
+    for family in ["llama", "qwen2"] {
+        let [stored, full] = rounded(family).map(|dir| Model::load(dir.path()).unwrap());
+        assert!(matches!(stored.layers[0].projections[0], Matrix::Stored(_)));
+        assert!(matches!(full.layers[0].projections[0], Matrix::Full(_)));
+        assert_eq!(stored.weight_bytes() * 2, full.weight_bytes());
+        let adapter = Adapter::load_peft(&fixture(&format!("{family}/adapter")), &full).unwrap();
+        let tokens: Vec<i32> = (0..40).map(|i| i * 11 % 500).collect();
+        let bits = |model: &Model| -> Vec<u32> {
+            let logits = model.logits(Some(&adapter), &tokens, &[0, 25, 40]).unwrap();
+            logits.into_iter().map(f32::to_bits).collect()
+        };
+        assert_eq!(bits(&stored), bits(&full), "{family}");
+        let gradient = |model: &Model| -> (u64, Vec<u32>) {
+            let mut grad = vec![0.0; adapter.values.len()];
+            let targets: Vec<i32> = tokens.iter().map(|t| (t + 1) % 500).collect();
+            let batch = MicroBatch { tokens: &tokens, cu_seqlens: &[0, 40], targets: &targets };
+            let loss = model.loss_and_grad(&adapter, batch, 0.5, None, &mut grad).unwrap();
+            (loss.sum.to_bits(), grad.into_iter().map(f32::to_bits).collect())
+        };
+        assert_eq!(gradient(&stored), gradient(&full), "{family}");
+    }
+}
+
+#[test]
+fn tokens_are_the_same_with_and_without_room_for_f32() {
+    let [stored, full] = rounded("qwen2").map(|dir| Model::load(dir.path()).unwrap());
+    let adapter = Adapter::load_peft(&fixture("qwen2/adapter"), &full).unwrap();
+    let cramped = PackedWeights::with_layers(&stored, &stored.pin(), false);
+    assert!(cramped.layers.is_empty());
+    assert!(stored.packed.set(cramped).is_ok());
+    assert_eq!(generated(&stored, &adapter), generated(&full, &adapter));
+}
