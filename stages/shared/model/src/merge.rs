@@ -27,7 +27,10 @@ impl Adapter {
         weight.par_chunks_mut(ROWS * inputs).enumerate().for_each(|(block, weight)| {
             let first = block * ROWS;
             let rows = first..first + weight.len() / inputs;
-            self.add_product(factor, rows.clone(), self.scale(), weight);
+            // Apart first, as PEFT does: every sum onto the weight itself would round it again.
+            let mut delta = vec![0.0; weight.len()];
+            self.add_product(factor, rows.clone(), self.scale(), &mut delta);
+            elementwise::add_assign(weight, &delta);
             if !self.config.use_dora {
                 return;
             }
