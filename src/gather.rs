@@ -37,6 +37,9 @@ impl Entry<'_> {
 /// Digest of a gathered input: of names, params and contents. The first point whose output is
 /// missing, if any, is the error.
 pub fn digest(gathered: &Gathered, records: &Records) -> Result<Digest, String> {
+    if let Some(digest) = records.gathered(gathered) {
+        return Ok(digest);
+    }
     let listed = entries(gathered, records)?;
     let listed = listed.iter().map(|entry| {
         let mut listed = entry.listed();
@@ -44,7 +47,9 @@ pub fn digest(gathered: &Gathered, records: &Records) -> Result<Digest, String> 
         listed["form"] = json!(entry.output.form);
         listed
     });
-    Ok(Digest::of(canonical(&listed.collect()).as_bytes()))
+    let digest = Digest::of(canonical(&listed.collect()).as_bytes());
+    records.remember(gathered, digest);
+    Ok(digest)
 }
 
 /// Makes the folder at `to`.

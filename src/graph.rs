@@ -3,7 +3,7 @@
 mod drawing;
 
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
+use std::collections::{BTreeSet, BinaryHeap, HashMap};
 use std::fmt::Write;
 
 use petgraph::Direction;
@@ -15,18 +15,19 @@ use crate::pipeline::{Gathered, InputRef, Pipeline, Stage};
 /// Stages and who needs whom.
 #[derive(Debug)]
 pub struct StageGraph {
-    /// Node `i` is stage `i` of the pipeline; edges run from producer to consumer.
+    /// Node `i` is stage `i` of the pipeline; edges run from producer to consumer. Nodes beyond
+    /// the stages stand for gathered lists: `n` stages that gather `m` points are `n + m` edges.
     graph: DiGraph<(), ()>,
     names: Vec<String>,
     order: Vec<usize>,
-    rank: BTreeMap<String, usize>,
+    rank: HashMap<String, usize>,
 }
 
 impl StageGraph {
     /// The graph of a validated pipeline.
     pub fn new(pipeline: &Pipeline) -> Self {
         let graph = edges(&pipeline.stages);
-        let order = topological(&graph);
+        let order = topological(&graph, pipeline.stages.len());
         let names: Vec<String> = pipeline.stages.iter().map(|s| s.name.clone()).collect();
         let rank = order.iter().enumerate().map(|(rank, i)| (names[*i].clone(), rank)).collect();
         Self { graph, names, order, rank }
@@ -48,17 +49,16 @@ impl StageGraph {
     }
 
     fn reach(&self, names: &[String], direction: Direction) -> Vec<String> {
-        let mut seen = BTreeSet::new();
+        let mut seen = vec![false; self.graph.node_count()];
         let mut open: Vec<usize> = names.iter().filter_map(|n| self.index(n)).collect();
         while let Some(i) = open.pop() {
-            if seen.insert(i) {
+            if !std::mem::replace(&mut seen[i], true) {
                 let near = self.graph.neighbors_directed(NodeIndex::new(i), direction);
                 open.extend(near.map(NodeIndex::index));
             }
         }
-        let mut reached: Vec<String> = seen.into_iter().map(|i| self.names[i].clone()).collect();
-        reached.sort_by_key(|name| self.rank.get(name).copied());
-        reached
+        let reached = self.order.iter().filter(|i| seen[**i]);
+        reached.map(|i| self.names[*i].clone()).collect()
     }
 
     fn index(&self, name: &str) -> Option<usize> {
@@ -121,17 +121,32 @@ fn labelled_edges(pipeline: &Pipeline) -> Vec<(&str, &str, &str)> {
 }
 
 fn edges(stages: &[Stage]) -> DiGraph<(), ()> {
-    let index: BTreeMap<&str, usize> =
+    let index: HashMap<&str, usize> =
         stages.iter().enumerate().map(|(i, s)| (s.name.as_str(), i)).collect();
     let mut graph = DiGraph::with_capacity(stages.len(), stages.len() * 2);
     for _ in stages {
         graph.add_node(());
     }
-    for (to, stage) in stages.iter().enumerate() {
-        for need in stage.needs() {
-            if let Some(from) = index.get(need) {
-                graph.add_edge(NodeIndex::new(*from), NodeIndex::new(to), ());
+    let mut lists = HashMap::new();
+    for (to, input) in
+        stages.iter().enumerate().flat_map(|(to, s)| s.inputs.values().map(move |i| (to, i)))
+    {
+        let to = NodeIndex::new(to);
+        let connect = |graph: &mut DiGraph<(), ()>, to| {
+            for from in input.from.stages().into_iter().filter_map(|n| index.get(n)) {
+                graph.add_edge(NodeIndex::new(*from), to, ());
             }
+        };
+        match &input.from {
+            InputRef::Gathered(gathered) if !gathered.members.is_empty() => {
+                let list = *lists.entry(gathered.members.as_ptr()).or_insert_with(|| {
+                    let list = graph.add_node(());
+                    connect(&mut graph, list);
+                    list
+                });
+                graph.add_edge(list, to, ());
+            }
+            _ => connect(&mut graph, to),
         }
     }
     graph
@@ -139,23 +154,28 @@ fn edges(stages: &[Stage]) -> DiGraph<(), ()> {
 
 /// Indices of stages without circles, producers first.
 pub(crate) fn order(stages: &[Stage]) -> Vec<usize> {
-    topological(&edges(stages))
+    topological(&edges(stages), stages.len())
 }
 
-/// Kahn's algorithm; the lowest file position first among the ready ones.
-fn topological(graph: &DiGraph<(), ()>) -> Vec<usize> {
+/// Kahn's algorithm; the lowest file position first among the ready ones. A gathered list, a node
+/// from `stages` on, takes no place of its own in the order.
+fn topological(graph: &DiGraph<(), ()>, stages: usize) -> Vec<usize> {
     let incoming = |i| graph.neighbors_directed(i, Direction::Incoming).count();
     let mut waiting: Vec<usize> = graph.node_indices().map(incoming).collect();
     let ready = waiting.iter().enumerate().filter(|(_, n)| **n == 0).map(|(i, _)| Reverse(i));
     let mut ready: BinaryHeap<Reverse<usize>> = ready.collect();
-    let mut order = Vec::with_capacity(waiting.len());
+    let mut order = Vec::with_capacity(stages);
     while let Some(Reverse(i)) = ready.pop() {
         order.push(i);
-        for next in graph.neighbors(NodeIndex::new(i)) {
-            let left = &mut waiting[next.index()];
-            *left -= 1;
-            if *left == 0 {
-                ready.push(Reverse(next.index()));
+        let mut done = vec![i];
+        while let Some(i) = done.pop() {
+            for next in graph.neighbors(NodeIndex::new(i)).map(NodeIndex::index) {
+                waiting[next] -= 1;
+                match waiting[next] {
+                    0 if next < stages => ready.push(Reverse(next)),
+                    0 => done.push(next),
+                    _ => {}
+                }
             }
         }
     }

@@ -10,8 +10,9 @@ mod problem;
 mod read;
 mod variables;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use contract::{OutputSpec, Signature, StageKind};
 use serde_json::Value;
@@ -58,6 +59,8 @@ pub struct Pipeline {
     pub remote: Option<crate::remote::RemoteConfig>,
     /// Texts, for reports.
     pub sources: Sources,
+    /// Position in `stages` by name.
+    index: HashMap<String, usize>,
 }
 
 /// One stage.
@@ -117,8 +120,8 @@ pub struct Gathered {
     pub stage: String,
     /// Output.
     pub output: String,
-    /// The points, in the order of the matrix.
-    pub members: Vec<Member>,
+    /// The points, in the order of the matrix; shared by the points of the stage that gathers.
+    pub members: Arc<[Member]>,
 }
 
 /// One point of a gathered stage.
@@ -189,7 +192,7 @@ impl Pipeline {
 
     /// The stage called `name`.
     pub fn stage(&self, name: &str) -> Option<&Stage> {
-        self.stages.iter().find(|s| s.name == name)
+        self.index.get(name).map(|i| &self.stages[*i])
     }
 
     /// The stages that some names, stages or targets, stand for; without names the target
@@ -213,11 +216,8 @@ impl Pipeline {
 
     fn resolve_name(&self, name: &str, into: &mut Vec<String>) -> Result<(), PipelineError> {
         if name.contains('@') && !self.targets.contains_key(name) {
-            for point in self.resolve_points(name)? {
-                if !into.contains(&point) {
-                    into.push(point);
-                }
-            }
+            let known: BTreeSet<String> = into.iter().cloned().collect();
+            into.extend(self.resolve_points(name)?.into_iter().filter(|p| !known.contains(p)));
             return Ok(());
         }
         if self.stage(name).is_some() {

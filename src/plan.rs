@@ -7,6 +7,7 @@
 mod files;
 mod history;
 mod reason;
+mod records;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -16,6 +17,7 @@ use serde::Serialize;
 pub use files::FileChanges;
 pub use history::Comparison;
 pub use reason::Reason;
+pub use records::Records;
 
 use crate::cache::{Cache, CacheError};
 use crate::digest::{Digest, Fingerprint};
@@ -25,9 +27,6 @@ use crate::graph::StageGraph;
 use crate::lockfile::Lockfile;
 use crate::pipeline::{InputRef, Pipeline, PipelineError, Problem, Stage};
 use crate::record::Record;
-
-/// Records of finished stages by stage name.
-pub type Records = BTreeMap<String, Arc<Record>>;
 
 /// What the user asked for beyond the selection.
 #[derive(Clone, Debug, Default)]
@@ -152,8 +151,7 @@ impl Planner<'_> {
         lock: &Lockfile,
     ) -> Result<PlannedStage, PlanError> {
         let kind = stage.kind.clone();
-        let mut waits_for = self.needed(stage);
-        waits_for.retain(|n| !known.contains_key(n));
+        let waits_for = self.waits_for(stage, known);
         if !waits_for.is_empty() {
             self.local_inputs(stage)?;
             let reasons = self.known_reasons(stage, known, lock)?;
@@ -195,6 +193,25 @@ impl Planner<'_> {
         } else {
             stage.needs().map(str::to_owned).collect()
         }
+    }
+
+    /// Those of [`Planner::needed`] whose records are not known.
+    pub fn waits_for(&self, stage: &Stage, known: &Records) -> Vec<String> {
+        if stage.signature.reads_records {
+            let mut waits_for = self.upstream(stage);
+            waits_for.retain(|name| known.get(name).is_none());
+            return waits_for;
+        }
+        let mut waits_for = BTreeSet::new();
+        for input in stage.inputs.values() {
+            match &input.from {
+                InputRef::Gathered(gathered) if known.gathered(gathered).is_some() => {}
+                from => {
+                    waits_for.extend(from.stages().into_iter().filter(|n| known.get(n).is_none()));
+                }
+            }
+        }
+        waits_for.into_iter().map(str::to_owned).collect()
     }
 
     /// Decides on a stage whose upstream records are all known.

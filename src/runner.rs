@@ -266,12 +266,12 @@ impl<'a> Run<'a> {
     ) -> Result<bool, RunError> {
         let pipeline = self.planner.pipeline;
         let Some(stage) = pipeline.stage(name) else { return Ok(true) };
-        let upstream = self.planner.needed(stage);
-        if let Some(cause) = upstream.iter().find_map(|n| self.stopped.get(n)).cloned() {
+        let waits_for = self.planner.waits_for(stage, &self.records);
+        if let Some(cause) = waits_for.iter().find_map(|n| self.stopped.get(n)).cloned() {
             self.skip(name, cause);
             return Ok(true);
         }
-        if upstream.iter().any(|n| !self.records.contains_key(n)) {
+        if !waits_for.is_empty() {
             return Ok(false);
         }
         let stopping =
@@ -313,7 +313,7 @@ impl<'a> Run<'a> {
         spawn(Job {
             stage,
             identity: decided.identity,
-            records: self.records.clone(),
+            records: self.records.of(self.planner.needed(stage).iter().map(String::as_str)),
             log,
             forced,
             remote: self.options.read.clone(),
@@ -327,8 +327,11 @@ impl<'a> Run<'a> {
         self.planner.cache.set_last(pipeline, &stage.name, &stage.kind, record.fingerprint);
         self.saved += record.seconds;
         self.summary.reused += 1;
-        let mut cut_off_by: Vec<String> = stage.needs().map(str::to_owned).collect();
-        cut_off_by.retain(|name| self.took.contains_key(name));
+        let mut cut_off_by = Vec::new();
+        if !self.took.is_empty() {
+            let ran = stage.needs().filter(|name| self.took.contains_key(*name));
+            cut_off_by.extend(ran.map(str::to_owned));
+        }
         self.cut_off += usize::from(!cut_off_by.is_empty());
         (self.sink)(Event::StageReused {
             stage: stage.name.clone(),

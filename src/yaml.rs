@@ -3,7 +3,7 @@
 //! Scalars follow the core schema of YAML 1.2. Anchors, aliases and merge keys (`<<`) work; a key
 //! given twice in one mapping is an error.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 
 use granit_parser::{Event, Parser, ScalarStyle, Span};
 use serde_json::{Map, Number, Value};
@@ -218,6 +218,7 @@ impl<'a> Builder<'a> {
     fn mapping(&mut self, start: Place, depth: usize) -> Result<Node, YamlError> {
         let mut entries: Vec<(Key, Node)> = Vec::new();
         let mut merged: Vec<(Key, Node)> = Vec::new();
+        let mut seen: HashMap<String, Place> = HashMap::new();
         loop {
             let (event, span) = self.next()?;
             let key = match event {
@@ -231,17 +232,17 @@ impl<'a> Builder<'a> {
                 Self::merge(value, &mut merged)?;
                 continue;
             }
-            if let Some((first, _)) = entries.iter().find(|(k, _)| k.name == key.name) {
+            if let Some(first) = seen.insert(key.name.clone(), key.place) {
                 return Err(YamlError {
                     message: format!("`{}` is given twice", key.name),
                     place: key.place,
-                    first: Some(first.place),
+                    first: Some(first),
                 });
             }
             entries.push((key, value));
         }
         for (key, value) in merged {
-            if !entries.iter().any(|(k, _)| k.name == key.name) {
+            if seen.insert(key.name.clone(), key.place).is_none() {
                 entries.push((key, value));
             }
         }

@@ -338,7 +338,7 @@ impl<'r, 'k> Expander<'r, 'k> {
     /// The stage as it would be with the changes.
     fn copy(&mut self, stage: usize, changes: &Changes) -> Option<Stage> {
         let plain = &self.stages[stage];
-        let mut node: Node = (*self.written.get(plain.name.as_str())?).clone();
+        let mut node: Node = without_matrix(self.written.get(plain.name.as_str())?);
         let mut variables = self.root.get("params").cloned();
         for (axis, value) in changes.iter().filter(|(a, _)| self.used[stage].contains(a)) {
             let (_, value) = &self.axes[*axis].values[*value];
@@ -477,6 +477,13 @@ impl<'r, 'k> Expander<'r, 'k> {
         let members = names.iter().map(member).collect();
         Ok(InputRef::Gathered(Gathered { members, ..gathered.clone() }))
     }
+}
+
+/// What is written of a stage but its matrix, which can be by far the longest part.
+fn without_matrix(written: &Node) -> Node {
+    let Tree::Map(entries) = &written.tree else { return written.clone() };
+    let rest = entries.iter().filter(|(key, _)| key.name != "matrix").cloned().collect();
+    Node { tree: Tree::Map(rest), ..*written }
 }
 
 /// Names of axes: the path of the param, with its stage where another axis has the same path.

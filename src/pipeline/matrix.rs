@@ -17,7 +17,7 @@ use crate::fingerprint::canonical;
 use crate::yaml::{Key, Node, Place, Tree};
 
 /// More points than this are a mistake.
-pub(super) const MAX_POINTS: usize = 1000;
+pub(super) const MAX_POINTS: usize = 5000;
 
 const KEYS: [&str; 4] = ["single", "product", "include", "exclude"];
 const EXAMPLE: &str = "`product: {PARAM: [VALUES]}` makes all combinations, \

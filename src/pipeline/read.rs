@@ -2,8 +2,9 @@
 
 mod remote;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use contract::{OutputClass, ParamError, Signature};
 use serde_json::Value;
@@ -51,11 +52,13 @@ pub(super) fn pipeline(
         _ => stem,
     };
     let stages = with_default_outputs(stages);
+    let index = stages.iter().enumerate().map(|(i, s)| (s.name.clone(), i)).collect();
     let targets = targets
         .into_iter()
         .map(|(key, members)| (key.name, members.into_iter().map(|(name, _)| name).collect()))
         .collect();
-    Ok(Pipeline { path: path.to_owned(), dir, name, stages, targets, points, remote, sources })
+    let path = path.to_owned();
+    Ok(Pipeline { path, dir, name, stages, targets, points, remote, sources, index })
 }
 
 /// Names the first output where a reference names the stage alone.
@@ -304,7 +307,7 @@ impl Reader<'_> {
             let InputRef::Output { stage, output } = self.plain_reference(gather)? else {
                 return None;
             };
-            return Some(InputRef::Gathered(Gathered { stage, output, members: Vec::new() }));
+            return Some(InputRef::Gathered(Gathered { stage, output, members: Arc::default() }));
         }
         if let Some(from) = node.get("from") {
             match node.get("at") {
@@ -368,6 +371,7 @@ impl Reader<'_> {
 
     /// Fills in default outputs and checks that every reference leads somewhere.
     fn references(&mut self, stages: &[Stage]) {
+        let known: HashMap<&str, &Stage> = stages.iter().map(|s| (s.name.as_str(), s)).collect();
         for stage in stages {
             for input in stage.inputs.values() {
                 let (InputRef::Output { stage: from, output }
@@ -375,7 +379,7 @@ impl Reader<'_> {
                 else {
                     continue;
                 };
-                let Some(upstream) = stages.iter().find(|s| s.name == *from) else {
+                let Some(upstream) = known.get(from.as_str()) else {
                     // A stage that is there and did not parse has a problem of its own.
                     if self.problems.is_empty() {
                         let help = suggest(from, stages.iter().map(|s| s.name.as_str()));

@@ -42,8 +42,7 @@ impl Planner<'_> {
                 known.insert(planned.stage, record);
             }
         }
-        let mut waits_for = self.needed(stage);
-        waits_for.retain(|name| !known.contains_key(name));
+        let waits_for = self.waits_for(stage, &known);
         let (now, differences) = if waits_for.is_empty() {
             let identity = self.identity(stage, &known, lock)?;
             let now = identity.fingerprint();

@@ -1,0 +1,62 @@
+//! Records of finished stages, with what was worked out from them.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::digest::Digest;
+use crate::pipeline::{Gathered, Member};
+use crate::record::Record;
+
+/// Records of finished stages by stage name.
+#[derive(Debug, Default)]
+pub struct Records {
+    by_stage: HashMap<String, Arc<Record>>,
+    /// Digests of gathered inputs, which many stages share, by output and address of the list of
+    /// points; the list is kept so that its address stays its own.
+    gathered: Mutex<HashMap<(String, usize), (Arc<[Member]>, Digest)>>,
+}
+
+impl Records {
+    /// None.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// The record of a stage.
+    pub fn get(&self, stage: &str) -> Option<&Arc<Record>> {
+        self.by_stage.get(stage)
+    }
+
+    /// Takes the record of a stage.
+    pub fn insert(&mut self, stage: String, record: Arc<Record>) {
+        if self.by_stage.insert(stage, record).is_some() {
+            // What was worked out from the other record no longer holds.
+            self.gathered = Mutex::default();
+        }
+    }
+
+    /// The records of some stages, as far as they are known.
+    pub fn of<'a>(&self, stages: impl IntoIterator<Item = &'a str>) -> Self {
+        let found = stages.into_iter().filter_map(|name| {
+            let (name, record) = self.by_stage.get_key_value(name)?;
+            Some((name.clone(), Arc::clone(record)))
+        });
+        Self { by_stage: found.collect(), gathered: Mutex::default() }
+    }
+
+    /// Digest of a gathered input, if it was worked out before; then every point is known.
+    pub(crate) fn gathered(&self, input: &Gathered) -> Option<Digest> {
+        let known = self.gathered.lock().unwrap_or_else(PoisonError::into_inner);
+        known.get(&key(input)).map(|(_, digest)| *digest)
+    }
+
+    /// Remembers the digest of a gathered input.
+    pub(crate) fn remember(&self, input: &Gathered, digest: Digest) {
+        let mut known = self.gathered.lock().unwrap_or_else(PoisonError::into_inner);
+        known.insert(key(input), (Arc::clone(&input.members), digest));
+    }
+}
+
+fn key(input: &Gathered) -> (String, usize) {
+    (input.output.clone(), input.members.as_ptr().addr())
+}
