@@ -321,4 +321,5 @@ def main():
             PARTS[name](args, folder)
 
 
-main()
+if __name__ == "__main__":
+    main()

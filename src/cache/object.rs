@@ -13,6 +13,9 @@ use crate::digest::Digest;
 
 /// Folders nested deeper than this are refused.
 const MAX_DEPTH: usize = 64;
+/// Files from this size on are flushed while they are hashed: one keeps the disk busy, the other
+/// a core.
+const OVERLAP_BYTES: u64 = 4 << 20;
 
 /// One file of a tree. The canonical listing is the JSON of these, sorted by path; empty folders
 /// are not kept.
@@ -56,9 +59,8 @@ impl Cache {
             OutputForm::File => self.ingest_file(path),
             OutputForm::Tree => {
                 let mut entries = Vec::new();
-                for (name, file) in files_below(path)? {
-                    let meta = metadata(&file)?;
-                    let Stored { digest, bytes } = self.ingest_file(&file)?;
+                for Found { name, path, meta } in files_below(path)? {
+                    let Stored { digest, bytes } = self.ingest_file(&path)?;
                     let exec = meta.mode() & 0o100 != 0;
                     entries.push(TreeEntry { path: name, exec, bytes, digest });
                 }
@@ -80,8 +82,19 @@ impl Cache {
             return Err(CacheError::Unfit(format!("{} is not a regular file", path.display())));
         }
         let file = File::open(path).map_err(io("open"))?;
-        let digest = hash(&file).map_err(io("read"))?;
-        file.sync_all().map_err(io("flush"))?;
+        let digest = if meta.len() < OVERLAP_BYTES {
+            let digest = hash(&file).map_err(io("read"))?;
+            file.sync_all().map_err(io("flush"))?;
+            digest
+        } else {
+            std::thread::scope(|scope| {
+                let flushed = scope.spawn(|| file.sync_all());
+                let digest = hash(&file).map_err(io("read"));
+                let panicked = |_| Err(io::Error::other("the flush did not end"));
+                flushed.join().unwrap_or_else(panicked).map_err(io("flush"))?;
+                digest
+            })?
+        };
         // A file with other names is not ours alone, and its mode is not ours to change.
         if meta.nlink() == 1 {
             let readable = meta.mode() & 0o444;
@@ -170,8 +183,9 @@ impl Cache {
     /// # Errors
     /// [`CacheError`] naming the file that cannot be read.
     pub fn digest_local(&self, path: &Path) -> Result<Digest, CacheError> {
-        if !metadata(path)?.is_dir() {
-            return self.digest_file(path);
+        let meta = metadata(path)?;
+        if !meta.is_dir() {
+            return self.digest_file(path, &meta);
         }
         Ok(Digest::of(&listing(&self.list_local(path)?)))
     }
@@ -182,23 +196,22 @@ impl Cache {
     /// [`CacheError`] naming the file that cannot be read.
     pub fn list_local(&self, path: &Path) -> Result<Vec<TreeEntry>, CacheError> {
         let mut entries = Vec::new();
-        for (name, file) in files_below(path)? {
-            let meta = metadata(&file)?;
-            let digest = self.digest_file(&file)?;
+        for Found { name, path, meta } in files_below(path)? {
+            let digest = self.digest_file(&path, &meta)?;
             let exec = meta.mode() & 0o100 != 0;
             entries.push(TreeEntry { path: name, exec, bytes: meta.len(), digest });
         }
         Ok(entries)
     }
 
-    fn digest_file(&self, path: &Path) -> Result<Digest, CacheError> {
-        let meta = metadata(path)?;
-        if let Some(digest) = self.index.lookup(path, &meta, false) {
+    /// `meta` was taken before.
+    fn digest_file(&self, path: &Path, meta: &Metadata) -> Result<Digest, CacheError> {
+        if let Some(digest) = self.index.lookup(path, meta, false) {
             return Ok(digest);
         }
         let digest =
             File::open(path).and_then(|f| hash(&f)).map_err(|e| CacheError::io("read", path, e))?;
-        self.index.remember(path, &meta, digest);
+        self.index.remember(path, meta, digest);
         Ok(digest)
     }
 
@@ -227,19 +240,33 @@ pub(super) fn listing(entries: &[TreeEntry]) -> Vec<u8> {
 /// Digest of everything a reader gives.
 pub(crate) fn hash(mut reader: impl Read) -> io::Result<Digest> {
     let mut hasher = blake3::Hasher::new();
-    let mut buffer = vec![0; 1 << 18];
+    // Most files are small: the large buffer is for those that turn out not to be.
+    let mut buffer = vec![0; 1 << 13];
     loop {
         match reader.read(&mut buffer) {
             Ok(0) => return Ok(Digest(*hasher.finalize().as_bytes())),
-            Ok(n) => hasher.update(&buffer[..n]),
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+            Ok(n) => {
+                hasher.update(&buffer[..n]);
+                if n == buffer.len() {
+                    buffer.resize(1 << 18, 0);
+                }
+            }
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
             Err(e) => return Err(e),
-        };
+        }
     }
 }
 
-/// Every regular file below a folder by its `/`-separated path, sorted.
-fn files_below(root: &Path) -> Result<Vec<(String, PathBuf)>, CacheError> {
+/// A regular file below a folder.
+struct Found {
+    /// Path below the folder, with `/`.
+    name: String,
+    path: PathBuf,
+    meta: Metadata,
+}
+
+/// Every regular file below a folder, sorted by name.
+fn files_below(root: &Path) -> Result<Vec<Found>, CacheError> {
     let mut found = Vec::new();
     let mut open = vec![(String::new(), root.to_owned())];
     while let Some((prefix, dir)) = open.pop() {
@@ -257,17 +284,21 @@ fn files_below(root: &Path) -> Result<Vec<(String, PathBuf)>, CacheError> {
                 let shown = path.display();
                 return Err(CacheError::Unfit(format!("{shown} has a name that is not UTF-8")));
             };
+            if entry.file_type().is_ok_and(|t| t.is_dir()) {
+                open.push((format!("{name}/"), path));
+                continue;
+            }
             let meta = metadata(&path)?;
             if meta.is_dir() {
                 open.push((format!("{name}/"), path));
             } else if meta.is_file() {
-                found.push((name, path));
+                found.push(Found { name, path, meta });
             } else {
                 let shown = path.display();
                 return Err(CacheError::Unfit(format!("{shown} is neither a file nor a folder")));
             }
         }
     }
-    found.sort();
+    found.sort_unstable_by(|a, b| a.name.cmp(&b.name));
     Ok(found)
 }

@@ -65,7 +65,8 @@ impl StatIndex {
     }
 
     /// The remembered digest of a file that has not changed. `settled` files are never edited in
-    /// place, so that fresh times are no reason for doubt.
+    /// place, so that fresh times are no reason for doubt, nor is the time of the inode's last
+    /// change: every hard link that a stage reads an object through changes that.
     pub(crate) fn lookup(&self, path: &Path, meta: &Metadata, settled: bool) -> Option<Digest> {
         let key = key(path);
         let mut state = self.state.lock().ok()?;
@@ -75,7 +76,13 @@ impl StatIndex {
         };
         let stat = stat(meta);
         let racy = entry.hashed_at.saturating_sub(stat[3].max(stat[4])) < RACY_NANOSECONDS;
-        (entry.stat == stat && (settled || !racy)).then_some(entry.digest)
+        let content = |stat: &[u64; 5]| [stat[0], stat[1], stat[2], stat[3]];
+        let same = if settled {
+            content(&entry.stat) == content(&stat)
+        } else {
+            entry.stat == stat && !racy
+        };
+        same.then_some(entry.digest)
     }
 
     /// Remembers a digest of the bytes that `meta` (taken before hashing) describes.
