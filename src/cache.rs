@@ -4,6 +4,7 @@
 //! are synced and renamed into place first, the record last, and neither is ever changed.
 
 mod durable;
+mod folder;
 mod lease;
 mod materialise;
 mod object;
@@ -18,6 +19,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
 use std::time::SystemTime;
 
 use contract::{OutputClass, OutputForm};
@@ -40,6 +42,9 @@ use stat_index::StatIndex;
 pub struct Cache {
     root: PathBuf,
     index: StatIndex,
+    listings: folder::Listings,
+    /// The file system has shown that it cannot share blocks.
+    no_reflinks: AtomicBool,
 }
 
 /// The cache cannot do what was asked.
@@ -112,7 +117,12 @@ impl Cache {
                 Err(CacheError::Unfit(format!("{} is not a folder", root.display())))
             }
             Err(e) if e.kind() != io::ErrorKind::NotFound => Err(CacheError::io("open", &root, e)),
-            _ => Ok(Self { index: StatIndex::for_root(&root), root }),
+            _ => Ok(Self {
+                index: StatIndex::for_root(&root),
+                root,
+                listings: folder::Listings::default(),
+                no_reflinks: AtomicBool::new(false),
+            }),
         }
     }
 

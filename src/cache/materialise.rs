@@ -4,6 +4,7 @@ use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
+use std::sync::atomic::Ordering;
 
 use contract::OutputForm;
 
@@ -18,8 +19,12 @@ impl Cache {
     /// [`CacheError`] where an object is missing or the disk refuses.
     pub fn materialise(&self, output: &OutputRecord, to: &Path) -> Result<(), CacheError> {
         self.place(output, to, &|object, to, exec| {
-            if reflink(object, to).is_ok() {
-                return protect(to, exec);
+            if !self.no_reflinks.load(Ordering::Relaxed) {
+                match reflink(object, to) {
+                    Ok(()) => return protect(to, exec),
+                    // Every attempt costs an inode, and the file system does not learn.
+                    Err(_) => self.no_reflinks.store(true, Ordering::Relaxed),
+                }
             }
             if !exec && fs::hard_link(object, to).is_ok() {
                 return Ok(());

@@ -8,11 +8,10 @@ use std::path::{Path, PathBuf};
 use contract::OutputForm;
 use serde::{Deserialize, Serialize};
 
+use super::folder::{Found, files_below};
 use super::{Cache, CacheError, durable};
 use crate::digest::Digest;
 
-/// Folders nested deeper than this are refused.
-const MAX_DEPTH: usize = 64;
 /// Files from this size on are flushed while they are hashed: one keeps the disk busy, the other
 /// a core.
 const OVERLAP_BYTES: u64 = 4 << 20;
@@ -59,7 +58,8 @@ impl Cache {
             OutputForm::File => self.ingest_file(path),
             OutputForm::Tree => {
                 let mut entries = Vec::new();
-                for Found { name, path, meta } in files_below(path)? {
+                for Found { name, path } in files_below(path)? {
+                    let meta = metadata(&path)?;
                     let Stored { digest, bytes } = self.ingest_file(&path)?;
                     let exec = meta.mode() & 0o100 != 0;
                     entries.push(TreeEntry { path: name, exec, bytes, digest });
@@ -178,34 +178,8 @@ impl Cache {
         }
     }
 
-    /// Digest of a user's file or folder, through the stat index; folders hash as trees do.
-    ///
-    /// # Errors
-    /// [`CacheError`] naming the file that cannot be read.
-    pub fn digest_local(&self, path: &Path) -> Result<Digest, CacheError> {
-        let meta = metadata(path)?;
-        if !meta.is_dir() {
-            return self.digest_file(path, &meta);
-        }
-        Ok(Digest::of(&listing(&self.list_local(path)?)))
-    }
-
-    /// The files of a user's folder, hashed through the stat index.
-    ///
-    /// # Errors
-    /// [`CacheError`] naming the file that cannot be read.
-    pub fn list_local(&self, path: &Path) -> Result<Vec<TreeEntry>, CacheError> {
-        let mut entries = Vec::new();
-        for Found { name, path, meta } in files_below(path)? {
-            let digest = self.digest_file(&path, &meta)?;
-            let exec = meta.mode() & 0o100 != 0;
-            entries.push(TreeEntry { path: name, exec, bytes: meta.len(), digest });
-        }
-        Ok(entries)
-    }
-
     /// `meta` was taken before.
-    fn digest_file(&self, path: &Path, meta: &Metadata) -> Result<Digest, CacheError> {
+    pub(super) fn digest_file(&self, path: &Path, meta: &Metadata) -> Result<Digest, CacheError> {
         if let Some(digest) = self.index.lookup(path, meta, false) {
             return Ok(digest);
         }
@@ -229,7 +203,7 @@ impl Cache {
     }
 }
 
-fn metadata(path: &Path) -> Result<Metadata, CacheError> {
+pub(super) fn metadata(path: &Path) -> Result<Metadata, CacheError> {
     fs::metadata(path).map_err(|e| CacheError::io("read", path, e))
 }
 
@@ -255,50 +229,4 @@ pub(crate) fn hash(mut reader: impl Read) -> io::Result<Digest> {
             Err(e) => return Err(e),
         }
     }
-}
-
-/// A regular file below a folder.
-struct Found {
-    /// Path below the folder, with `/`.
-    name: String,
-    path: PathBuf,
-    meta: Metadata,
-}
-
-/// Every regular file below a folder, sorted by name.
-fn files_below(root: &Path) -> Result<Vec<Found>, CacheError> {
-    let mut found = Vec::new();
-    let mut open = vec![(String::new(), root.to_owned())];
-    while let Some((prefix, dir)) = open.pop() {
-        let io = |e| CacheError::io("list", &dir, e);
-        if prefix.matches('/').count() > MAX_DEPTH {
-            let shown = dir.display();
-            return Err(CacheError::Unfit(format!(
-                "{shown} is nested too deeply, or a link loops"
-            )));
-        }
-        for entry in fs::read_dir(&dir).map_err(io)? {
-            let entry = entry.map_err(io)?;
-            let path = entry.path();
-            let Some(name) = entry.file_name().to_str().map(|n| format!("{prefix}{n}")) else {
-                let shown = path.display();
-                return Err(CacheError::Unfit(format!("{shown} has a name that is not UTF-8")));
-            };
-            if entry.file_type().is_ok_and(|t| t.is_dir()) {
-                open.push((format!("{name}/"), path));
-                continue;
-            }
-            let meta = metadata(&path)?;
-            if meta.is_dir() {
-                open.push((format!("{name}/"), path));
-            } else if meta.is_file() {
-                found.push(Found { name, path, meta });
-            } else {
-                let shown = path.display();
-                return Err(CacheError::Unfit(format!("{shown} is neither a file nor a folder")));
-            }
-        }
-    }
-    found.sort_unstable_by(|a, b| a.name.cmp(&b.name));
-    Ok(found)
 }

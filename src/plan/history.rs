@@ -80,7 +80,7 @@ impl Planner<'_> {
         let after = match &stage.inputs.get(input)?.from {
             InputRef::Local(path) => {
                 let path = self.pipeline.dir.join(path);
-                if path.is_dir() { self.cache.list_local(&path).ok() } else { None }
+                if path.is_dir() { self.cache.listed(after) } else { None }
             }
             InputRef::Output { stage: from, output } => {
                 let form = self.pipeline.stage(from)?.output(output)?.form;
