@@ -24,8 +24,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let cache = Cache::open(Path::new(root))?;
     let lock = Lockfile::beside(Path::new(file))?;
     let options = PlanOptions::default();
-    let planner =
-        Planner { pipeline: &pipeline, graph: &graph, cache: &cache, options: &options };
+    let planner = Planner { pipeline: &pipeline, graph: &graph, cache: &cache, options: &options };
     let mut records = Records::new();
     for name in graph.order() {
         let Some(stage) = pipeline.stage(name) else { continue };

@@ -13,8 +13,11 @@ pub struct Records {
     by_stage: HashMap<String, Arc<Record>>,
     /// Digests of gathered inputs, which many stages share, by output and address of the list of
     /// points; the list is kept so that its address stays its own.
-    gathered: Mutex<HashMap<(String, usize), (Arc<[Member]>, Digest)>>,
+    gathered: Mutex<HashMap<Key, Remembered>>,
 }
+
+type Key = (String, usize);
+type Remembered = (Arc<[Member]>, Digest);
 
 impl Records {
     /// None.
@@ -36,6 +39,7 @@ impl Records {
     }
 
     /// The records of some stages, as far as they are known.
+    #[must_use]
     pub fn of<'a>(&self, stages: impl IntoIterator<Item = &'a str>) -> Self {
         let found = stages.into_iter().filter_map(|name| {
             let (name, record) = self.by_stage.get_key_value(name)?;
@@ -57,6 +61,6 @@ impl Records {
     }
 }
 
-fn key(input: &Gathered) -> (String, usize) {
+fn key(input: &Gathered) -> Key {
     (input.output.clone(), input.members.as_ptr().addr())
 }
