@@ -121,7 +121,8 @@ impl Attention {
         [base, base + q * size, base + (q + kv) * size]
     }
 
-    fn scale(&self) -> f32 {
+    /// Of the products of queries and keys.
+    pub(crate) fn scale(&self) -> f32 {
         1.0 / (self.d as f32).sqrt()
     }
 

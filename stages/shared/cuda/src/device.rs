@@ -54,9 +54,10 @@ impl Dtype {
     }
 }
 
-const SOURCES: [(&str, &str); 5] = [
+const SOURCES: [(&str, &str); 6] = [
     ("layer.cu", include_str!("../kernels/layer.cu")),
     ("nf4.cu", include_str!("../kernels/nf4.cu")),
+    ("generate.cu", include_str!("../kernels/generate.cu")),
     ("loss.cu", include_str!("../kernels/loss.cu")),
     ("optimizer.cu", include_str!("../kernels/optimizer.cu")),
     ("attention_reference.cu", include_str!("../kernels/attention_reference.cu")),
@@ -307,6 +308,11 @@ impl Device {
     /// The stream that all work goes to.
     pub(crate) fn cu_stream(&self) -> sys::CUstream {
         self.stream.cu_stream()
+    }
+
+    /// Bytes of memory that nothing uses.
+    pub(crate) fn free_bytes(&self) -> Result<u64, CudaError> {
+        Ok(self.context.mem_get_info()?.0 as u64)
     }
 
     /// Bytes of memory that the device has.

@@ -5,7 +5,7 @@
 //! `y = [x, u] [W, B]ᵀ`. Backward, the gradient carries `du = s dy B` and `dx = [dy, du] [W; A]`;
 //! `dB += dyᵀ u` and `dA += duᵀ x` go to f32 in the layout of the operands.
 
-mod pass;
+pub(crate) mod pass;
 
 use model::MicroBatch;
 
@@ -44,6 +44,16 @@ struct State {
     roots: [Buffer; 2],
 }
 
+/// What buffers are for.
+#[derive(Clone, Copy)]
+enum Purpose {
+    Train(Activations),
+    /// Forward passes alone, at positions below that.
+    Answer {
+        positions: usize,
+    },
+}
+
 /// Buffers and tables of a training step of one shape.
 pub struct Step {
     activations: Activations,
@@ -51,8 +61,10 @@ pub struct Step {
     capacity: usize,
     widths: [usize; 4],
     states: Vec<State>,
-    /// Residual stream before each layer, and after the last.
+    /// Residual stream before each layer, and after the last; two in turn without a backward pass.
     residual: Vec<Buffer>,
+    /// Operands of the forward products by layer and group, where they stay on the device.
+    pub(crate) resident: Vec<[Buffer; 4]>,
     scratch: Buffer,
     dhidden: Buffer,
     dnormed: Buffer,
@@ -135,16 +147,17 @@ impl HeadBuffers {
 }
 
 /// A micro-batch on the device.
-struct Batch {
-    n: usize,
-    targets: usize,
+pub(crate) struct Batch {
+    pub(crate) n: usize,
+    pub(crate) targets: usize,
     longest: usize,
     tokens: u64,
-    positions: u64,
+    pub(crate) positions: u64,
     start: u64,
     stop: u64,
-    rows: u64,
-    labels: u64,
+    /// Rows that have a target, and these.
+    pub(crate) rows: u64,
+    pub(crate) labels: u64,
     bounds: u64,
     orders: [u64; 3],
 }
@@ -161,6 +174,31 @@ impl Step {
         capacity: usize,
         activations: Activations,
     ) -> Result<Self, CudaError> {
+        Self::build(device, frozen, lora, capacity, Purpose::Train(activations))
+    }
+
+    /// Buffers for forward passes over up to `capacity` tokens at positions below `positions`.
+    pub(crate) fn forward_only(
+        device: &Device,
+        frozen: &Frozen,
+        lora: &Lora,
+        capacity: usize,
+        positions: usize,
+    ) -> Result<Self, CudaError> {
+        Self::build(device, frozen, lora, capacity, Purpose::Answer { positions })
+    }
+
+    fn build(
+        device: &Device,
+        frozen: &Frozen,
+        lora: &Lora,
+        capacity: usize,
+        purpose: Purpose,
+    ) -> Result<Self, CudaError> {
+        let (activations, positions, trains) = match purpose {
+            Purpose::Train(activations) => (activations, capacity, true),
+            Purpose::Answer { positions } => (Activations::Recompute, positions, false),
+        };
         let c = &frozen.config;
         let (heads, kv_heads, d) = (c.num_attention_heads, c.num_key_value_heads, c.head_dim);
         let attention = Plan::new(device, (heads, kv_heads, d), capacity)?;
@@ -183,20 +221,24 @@ impl Step {
                 roots: [floats(capacity)?, floats(capacity)?],
             })
         };
-        let layers = c.num_hidden_layers;
+        // What only a backward pass needs.
+        let backward = |bytes: u64| device.alloc(if trains { bytes } else { 0 });
+        let layers = if trains { c.num_hidden_layers } else { 1 };
         let kept = if activations == Activations::Keep { layers } else { 1 };
         let scratch = groups
             .iter()
             .map(|g| ((g.inputs + g.width) * g.outputs).max(g.inputs * (g.outputs + g.width)))
             .max()
             .unwrap_or(0);
-        let (cosines, sines) = rope_tables(c, capacity);
+        let (cosines, sines) = rope_tables(c, positions);
         let size = device.dtype.size();
         let attention_scratch =
             attention.map_or(0, |plan| plan.scratch_bytes(kv_heads, d, capacity));
         let states: Vec<State> = (0..kept).map(|_| state()).collect::<Result<_, _>>()?;
         let lent = (activations == Activations::Recompute).then_some(&states[0]);
-        let head = HeadBuffers::new(device, c, capacity, lent)?;
+        let head = HeadBuffers::new(device, c, if trains { capacity } else { 0 }, lent)?;
+        let rows = capacity as u64 * size;
+        let widest = (widths[1].max(widths[3]) + hidden) as u64;
         Ok(Self {
             activations,
             attention,
@@ -204,12 +246,13 @@ impl Step {
             widths,
             states,
             residual: (0..=layers).map(|_| matrix(hidden)).collect::<Result<_, _>>()?,
+            resident: Vec::new(),
             scratch: device.elements(scratch)?,
-            dhidden: matrix(hidden + widths[1].max(widths[3]))?,
-            dnormed: matrix(hidden.max(q))?,
-            dactivated: device.alloc(attention_scratch.max(capacity as u64 * ffn as u64 * size))?,
-            dqkv: matrix(out + widths[0])?,
-            delta: floats(capacity * c.num_attention_heads)?,
+            dhidden: backward(rows * widest)?,
+            dnormed: backward(rows * hidden.max(q) as u64)?,
+            dactivated: backward(attention_scratch.max(rows * ffn as u64))?,
+            dqkv: backward(rows * (out + widths[0]) as u64)?,
+            delta: backward((capacity * c.num_attention_heads) as u64 * 4)?,
             head,
             cosines: device.upload_f32(&cosines)?,
             sines: device.upload_f32(&sines)?,
@@ -233,7 +276,7 @@ impl Step {
         scale: f32,
     ) -> Result<(), CudaError> {
         let b = self.upload(device, batch)?;
-        let pass = Pass { step: self, device, frozen, lora, b: &b };
+        let pass = Pass { step: self, device, frozen, lora, b: &b, cache: None };
         pass.trunk()?;
         pass.head(Some(scale))?;
         for layer in (0..frozen.config.num_hidden_layers).rev() {
@@ -258,7 +301,7 @@ impl Step {
         batch: MicroBatch<'_>,
     ) -> Result<(), CudaError> {
         let b = self.upload(device, batch)?;
-        let pass = Pass { step: self, device, frozen, lora, b: &b };
+        let pass = Pass { step: self, device, frozen, lora, b: &b, cache: None };
         pass.trunk()?;
         pass.head(None)
     }
@@ -279,11 +322,26 @@ impl Step {
         Spare { ptr: buffer.ptr(), bytes: buffer.bytes() }
     }
 
+    /// Residual stream before `layer`.
+    pub(crate) fn residual(&self, layer: usize) -> u64 {
+        self.residual[layer % self.residual.len()].ptr()
+    }
+
     fn state(&self, layer: usize) -> &State {
         &self.states[layer.min(self.states.len() - 1)]
     }
 
     fn upload(&self, device: &Device, batch: MicroBatch<'_>) -> Result<Batch, CudaError> {
+        self.upload_with(device, batch, |_| ())
+    }
+
+    /// Puts a batch on the device after `change` has seen the columns of [`Step::integers`].
+    pub(crate) fn upload_with(
+        &self,
+        device: &Device,
+        batch: MicroBatch<'_>,
+        change: impl FnOnce(&mut [Vec<i32>; 11]),
+    ) -> Result<Batch, CudaError> {
         let n = batch.tokens.len();
         if n > self.capacity || n != batch.targets.len() || n == 0 {
             let message = format!("a batch of {n} tokens where {} fit", self.capacity);
@@ -313,6 +371,7 @@ impl Step {
         if let Some(plan) = &self.attention {
             [columns[8], columns[9], columns[10]] = plan.orders(&columns[2], &columns[3]);
         }
+        change(&mut columns);
         self.staging.send(device, self.integers.ptr(), |bytes| {
             for (column, to) in columns.iter().zip(bytes.chunks_exact_mut(self.capacity * 4)) {
                 for (value, to) in column.iter().zip(to.chunks_exact_mut(4)) {

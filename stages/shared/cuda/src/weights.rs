@@ -224,14 +224,14 @@ impl Frozen {
     }
 
     /// Decodes the group's weights into `scratch [out, in + width]`, B in the last columns, so that
-    /// one product of `[x, u]` gives `x Wᵀ + u Bᵀ`. Returns the row stride.
+    /// one product of `[x, u]` gives `x Wᵀ + u Bᵀ`.
     pub(crate) fn forward_operand(
         &self,
         device: &Device,
         lora: &Lora,
         (layer, index): (usize, usize),
         scratch: u64,
-    ) -> Result<usize, CudaError> {
+    ) -> Result<(), CudaError> {
         let group = &lora.groups[layer][index];
         let ld = group.inputs + group.width;
         self.decode(device, layer, index, scratch, ld)?;
@@ -240,7 +240,7 @@ impl Frozen {
             let from = lora.operand(group.b);
             copy_columns(device, (from, group.width), (to, ld), group.width, group.outputs)?;
         }
-        Ok(ld)
+        Ok(())
     }
 
     /// Decodes the group's weights into `scratch [out + width, in]`, A in the last rows, so that one

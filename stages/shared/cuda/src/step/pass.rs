@@ -5,15 +5,18 @@ use crate::adapter::Lora;
 use crate::attention::Attention;
 use crate::device::{Device, args};
 use crate::gemm::{Gemm, View};
+use crate::generate::Cache;
 use crate::{CudaError, Frozen};
 
 /// One micro-batch in progress.
-pub(super) struct Pass<'a> {
-    pub(super) step: &'a Step,
-    pub(super) device: &'a Device,
-    pub(super) frozen: &'a Frozen,
-    pub(super) lora: &'a Lora,
-    pub(super) b: &'a Batch,
+pub(crate) struct Pass<'a> {
+    pub(crate) step: &'a Step,
+    pub(crate) device: &'a Device,
+    pub(crate) frozen: &'a Frozen,
+    pub(crate) lora: &'a Lora,
+    pub(crate) b: &'a Batch,
+    /// Where keys and values go, and come from, in generation.
+    pub(crate) cache: Option<&'a Cache>,
 }
 
 impl Pass<'_> {
@@ -40,9 +43,9 @@ impl Pass<'_> {
     }
 
     /// Embedding and all layers forward.
-    pub(super) fn trunk(&self) -> Result<(), CudaError> {
+    pub(crate) fn trunk(&self) -> Result<(), CudaError> {
         let (step, hidden) = (self.step, self.frozen.config.hidden_size);
-        let (table, out) = (self.frozen.embed.ptr(), step.residual[0].ptr());
+        let (table, out) = (self.frozen.embed.ptr(), step.residual(0));
         gather(self.device, (table, hidden), self.b.tokens, out, hidden, self.b.n)?;
         for layer in 0..self.frozen.config.num_hidden_layers {
             self.forward(layer, step.state(layer), true)?;
@@ -53,12 +56,15 @@ impl Pass<'_> {
     /// Layer forward; the product that leaves the layer only where `whole`.
     pub(super) fn forward(&self, layer: usize, s: &State, whole: bool) -> Result<(), CudaError> {
         let (h, w) = (self.frozen.config.hidden_size, self.step.widths);
-        let input = self.step.residual[layer].ptr();
+        let input = self.step.residual(layer);
         let norm = self.frozen.input_norm(layer);
         self.norm(input, norm, (s.normed.ptr(), h + w[0]), s.roots[0].ptr())?;
         self.project((layer, 0), s.normed.ptr(), s.qkv.ptr(), 0)?;
         self.rope((s.qkv.ptr(), self.lora.groups[0][0].outputs), 1.0)?;
-        self.attention(s).forward(self.device)?;
+        match self.cache {
+            None => self.attention(s).forward(self.device)?,
+            Some(cache) => cache.attend(self.device, layer, &self.attention(s), self.b)?,
+        }
         self.project((layer, 1), s.attended.ptr(), s.middle.ptr(), input)?;
         let norm = self.frozen.post_norm(layer);
         let normed = (s.middle_normed.ptr(), h + w[2]);
@@ -74,7 +80,7 @@ impl Pass<'_> {
             let args = args![from, ldg, to, ldy, width, rows];
             self.device.launch(kernel, self.packs(ffn), 256, 0, args)?;
         }
-        let out = self.step.residual[layer + 1].ptr();
+        let out = self.step.residual(layer + 1);
         if whole {
             return self.project((layer, 3), s.activated.ptr(), out, s.middle.ptr());
         }
@@ -114,7 +120,7 @@ impl Pass<'_> {
         if layer == 0 {
             return Ok(());
         }
-        let (input, root) = (step.residual[layer].ptr(), s.roots[0].ptr());
+        let (input, root) = (step.residual(layer), s.roots[0].ptr());
         self.norm_backward(input, self.frozen.input_norm(layer), root, (dh, ldh))
     }
 
@@ -131,7 +137,7 @@ impl Pass<'_> {
         if gradient {
             device.clear(dh, (b.n * ldh) as u64 * size)?;
         }
-        let last = step.residual[c.num_hidden_layers].ptr();
+        let last = step.residual(c.num_hidden_layers);
         let x = &step.head;
         gather(device, (last, hidden), b.rows, x.rows, hidden, b.targets)?;
         let norm = self.frozen.norm.ptr();
@@ -189,7 +195,7 @@ impl Pass<'_> {
         self.norm_rows(x, w, y, roots, self.b.n)
     }
 
-    fn norm_rows(
+    pub(crate) fn norm_rows(
         &self,
         x: u64,
         w: u64,
@@ -263,11 +269,18 @@ impl Pass<'_> {
     ) -> Result<(), CudaError> {
         let g = self.lora.groups[layer][index];
         self.low_rank(at, x)?;
-        let scratch = self.step.scratch.ptr();
-        let k = self.frozen.forward_operand(self.device, self.lora, at, scratch)?;
+        let k = g.inputs + g.width;
+        let operand = match self.step.resident.get(layer) {
+            Some(operands) => operands[index].ptr(),
+            None => {
+                let scratch = self.step.scratch.ptr();
+                self.frozen.forward_operand(self.device, self.lora, at, scratch)?;
+                scratch
+            }
+        };
         // Gate and up leave room for the gradient's low-rank columns.
         let ldy = g.outputs + if index == 2 { g.width } else { 0 };
-        let (x, w) = (View::new(x, k), View::new(scratch, k).t());
+        let (x, w) = (View::new(x, k), View::new(operand, k).t());
         let mut product = Gemm::new((self.b.n, g.outputs, k), x, w, View::new(y, ldy));
         product.bias = self.frozen.bias(layer, index);
         if residual != 0 {
@@ -312,7 +325,7 @@ impl Pass<'_> {
 }
 
 /// `out[i] = table[index[i]]`.
-fn gather(
+pub(crate) fn gather(
     device: &Device,
     (table, ldt): (u64, usize),
     index: u64,
