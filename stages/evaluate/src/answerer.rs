@@ -1,10 +1,16 @@
 //! What evaluation needs of a model: the one place where a device is chosen.
 
+#[cfg(feature = "cuda")]
+mod gpu;
+
 use std::path::Path;
 
 use checkpoint::{ModelFolder, Tokenizer};
-use contract::StageError;
-use model::{Adapter, GenerateOptions, Generated, Model};
+use contract::{Reporter, StageError};
+use model::{Adapter, DeviceChoice, DtypeChoice, GenerateOptions, Generated, Model};
+
+use crate::evaluation::Load;
+use crate::params::Params;
 
 /// A model with its tokenizer.
 pub(crate) trait Answerer {
@@ -31,8 +37,47 @@ pub(crate) trait Answerer {
         done: &mut dyn FnMut(Generated) -> bool,
     ) -> Result<(), StageError>;
 
+    /// Rows to decode together where the params do not say.
+    fn rows_at_once(&self) -> usize {
+        16
+    }
+
+    /// Most bytes of device memory held so far, where the device has its own.
+    fn peak_device_bytes(&self) -> Option<u64> {
+        None
+    }
+
     /// Backend and device, for provenance.
     fn backend(&self) -> (String, String);
+}
+
+/// What loads a model on the device that the params ask for.
+pub(crate) fn loader(
+    params: &Params,
+    reporter: &mut Reporter,
+) -> Result<Box<Load<'static>>, StageError> {
+    #[cfg(feature = "cuda")]
+    {
+        let (device, dtype) = (params.device, params.dtype);
+        if let Some(gpu) = cuda::open(device, dtype, reporter)? {
+            let gpu = std::cell::RefCell::new(Some(gpu));
+            return Ok(Box::new(move |model, adapter| {
+                let gpu = gpu.borrow_mut().take();
+                let gpu = gpu.ok_or_else(|| StageError::internal("a model was loaded twice"))?;
+                Ok(Box::new(gpu::CudaAnswerer::load(gpu, model, adapter)?))
+            }));
+        }
+    }
+    let _ = reporter;
+    if let DeviceChoice::Cuda(_) = params.device {
+        return Err(StageError::input("this `pipe` was built without CUDA")
+            .help("build it with `--features cuda`, or set `device: cpu`"));
+    }
+    if params.dtype == DtypeChoice::Bf16 {
+        return Err(StageError::input("the CPU generates in f32")
+            .help("set `dtype: auto`, or `device: cuda` where there is a GPU"));
+    }
+    Ok(Box::new(|model, adapter| Ok(Box::new(CpuAnswerer::load(model, adapter)?))))
 }
 
 /// A decoder on the CPU, with or without an adapter.

@@ -47,7 +47,7 @@ pub(crate) fn run(
     let options = GenerateOptions {
         max_new_tokens: params.max_new_tokens,
         end_tokens,
-        batch_size: params.batch_size,
+        batch_size: params.batch_size.unwrap_or(answerer.rows_at_once()),
     };
     let checkpoints = Checkpoints::of(request);
     let answered = answer(&*answerer, &tokens, &options, &checkpoints, reporter)?;
@@ -192,6 +192,10 @@ fn outcome(answerer: &dyn Answerer, answered: &Answers, metrics: &Metrics) -> Ou
         "generated_tokens_per_second": answered.generated_tokens as f64 / seconds,
         "peak_memory_bytes": crate::peak_memory(),
     });
+    let mut telemetry = map(telemetry);
+    if let Some(bytes) = answerer.peak_device_bytes() {
+        telemetry.insert("peak_device_bytes".to_owned(), bytes.into());
+    }
     let (backend, device) = answerer.backend();
     let provenance = json!({ "backend": backend, "device": device });
     let mut warnings = Vec::new();
@@ -201,7 +205,7 @@ fn outcome(answerer: &dyn Answerer, answered: &Answers, metrics: &Metrics) -> Ou
             metrics.unended, metrics.prompts
         ));
     }
-    Outcome { telemetry: map(telemetry), provenance: map(provenance), lock: None, warnings }
+    Outcome { telemetry, provenance: map(provenance), lock: None, warnings }
 }
 
 fn map(value: Value) -> Map<String, Value> {

@@ -18,8 +18,7 @@ use contract::{
 };
 use serde_json::Value;
 
-use crate::answerer::CpuAnswerer;
-use crate::params::{Device, Params};
+use crate::params::Params;
 
 /// Changes when the same answers would be parsed, scored or summed up differently.
 ///
@@ -70,9 +69,8 @@ impl StageKind for Evaluate {
         let params = Params::parse(&request.params).map_err(StageError::internal)?;
         let pool = rayon::ThreadPoolBuilder::new().num_threads(request.threads).build();
         pool.map_err(StageError::internal)?.install(|| {
-            evaluation::run(&params, request, reporter, &|model, adapter| match params.device {
-                Device::Auto | Device::Cpu => Ok(Box::new(CpuAnswerer::load(model, adapter)?)),
-            })
+            let load = answerer::loader(&params, reporter)?;
+            evaluation::run(&params, request, reporter, &*load)
         })
     }
 }

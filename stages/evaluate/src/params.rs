@@ -1,6 +1,7 @@
 //! Params of the kind `evaluate`.
 
 use contract::{ParamError, parse_params};
+use model::{DeviceChoice, DtypeChoice};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
@@ -9,26 +10,19 @@ use serde_json::{Map, Value};
 pub(crate) struct Params {
     /// Most tokens generated for a prompt.
     pub(crate) max_new_tokens: usize,
-    /// Rows decoded together: speed and memory only, and so no part of the identity.
-    pub(crate) batch_size: usize,
-    pub(crate) device: Device,
+    /// Rows decoded together, else what suits the device: speed and memory only, and so no part of
+    /// the identity.
+    pub(crate) batch_size: Option<usize>,
+    pub(crate) device: DeviceChoice,
+    pub(crate) dtype: DtypeChoice,
     /// Answers only the first so many prompts.
     pub(crate) limit: Option<usize>,
 }
 
-/// Where to generate.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub(crate) enum Device {
-    /// The best device there is.
-    Auto,
-    /// The processor.
-    Cpu,
-}
-
 impl Default for Params {
     fn default() -> Self {
-        Self { max_new_tokens: 96, batch_size: 16, device: Device::Auto, limit: None }
+        let (device, dtype) = (DeviceChoice::Auto, DtypeChoice::Auto);
+        Self { max_new_tokens: 96, batch_size: None, device, dtype, limit: None }
     }
 }
 
@@ -38,7 +32,7 @@ impl Params {
         let parsed: Self = parse_params(params)?;
         let rules = [
             ("max_new_tokens", parsed.max_new_tokens > 0),
-            ("batch_size", parsed.batch_size > 0),
+            ("batch_size", parsed.batch_size != Some(0)),
             ("limit", parsed.limit != Some(0)),
         ];
         match rules.into_iter().find(|(_, holds)| !holds) {

@@ -12,10 +12,12 @@ mod host;
 mod start;
 
 use contract::{Reporter, StageError};
-use model::{Adapter, DropoutKey, Init, Loss, MicroBatch, Model, ModelConfig};
+use model::{
+    Adapter, DeviceChoice, DropoutKey, DtypeChoice, Init, Loss, MicroBatch, Model, ModelConfig,
+};
 use serde_json::Value;
 
-use crate::params::{Device, Dtype, Params};
+use crate::params::Params;
 
 #[cfg(feature = "cuda")]
 pub(crate) use gpu::CudaLearner;
@@ -135,11 +137,11 @@ impl DecoderLearner for HostLearner<CpuModel> {
 
 /// Refuses what the CPU does not do.
 fn check_cpu(params: &Params) -> Result<(), StageError> {
-    if let Device::Cuda(_) = params.device {
+    if let DeviceChoice::Cuda(_) = params.device {
         return Err(StageError::input("this `pipe` was built without CUDA")
             .help("build it with `--features cuda`, or set `device: cpu`"));
     }
-    if params.dtype == Dtype::Bf16 {
+    if params.dtype == DtypeChoice::Bf16 {
         return Err(StageError::input("the CPU trains in f32")
             .help("set `dtype: auto`, or `device: cuda` where there is a GPU"));
     }

@@ -28,8 +28,6 @@ use serde_json::{Map, Value, json};
 
 use crate::error::TrainError;
 use crate::learner::{DecoderLearner, HostLearner};
-#[cfg(feature = "cuda")]
-use crate::params::Device;
 use crate::params::{Params, Select};
 use crate::rows::PackedRows;
 use crate::trainer::{Finished, Trainer};
@@ -90,17 +88,9 @@ fn train(request: &Request, reporter: &mut Reporter) -> Result<Outcome, StageErr
     let init = request.optional_input("init_adapter").map(AsRef::as_ref);
     let model = request.input("model")?;
     #[cfg(feature = "cuda")]
-    {
-        use crate::learner::CudaLearner;
-        let wanted = match params.device {
-            Device::Cuda(_) => true,
-            Device::Auto => CudaLearner::is_available(reporter),
-            Device::Cpu => false,
-        };
-        if wanted {
-            let learner = CudaLearner::load(&params, model, init)?;
-            return train_with(learner, &params, request, reporter);
-        }
+    if let Some(gpu) = cuda::open(params.device, params.dtype, reporter)? {
+        let learner = learner::CudaLearner::load(gpu, &params, model, init)?;
+        return train_with(learner, &params, request, reporter);
     }
     train_with(HostLearner::load(&params, model, init)?, &params, request, reporter)
 }

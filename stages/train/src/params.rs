@@ -1,7 +1,7 @@
 //! Params of the kind, under the names of transformers, TRL and PEFT where these have one.
 
 use contract::{ParamError, parse_params};
-use model::{Init, LoraConfig, PROJECTIONS};
+use model::{DeviceChoice, DtypeChoice, Init, LoraConfig, PROJECTIONS};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -43,8 +43,8 @@ pub(crate) struct Params {
     pub(crate) spike: Option<Spike>,
     /// Written to the adapter's `base_model_name_or_path`.
     pub(crate) base_model_name_or_path: String,
-    pub(crate) device: Device,
-    pub(crate) dtype: Dtype,
+    pub(crate) device: DeviceChoice,
+    pub(crate) dtype: DtypeChoice,
     pub(crate) activations: Activations,
 }
 
@@ -82,58 +82,6 @@ pub(crate) struct Spike {
     pub(crate) patience: u64,
 }
 
-/// Where to train: `auto`, `cpu`, `cuda` or `cuda:N`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
-pub(crate) enum Device {
-    /// The best device there is.
-    Auto,
-    /// The processor.
-    Cpu,
-    /// The NVIDIA GPU of that number.
-    Cuda(usize),
-}
-
-impl TryFrom<String> for Device {
-    type Error = String;
-
-    fn try_from(text: String) -> Result<Self, String> {
-        let gpu = |number: &str| number.parse().ok().map(Self::Cuda);
-        match text.as_str() {
-            "auto" => Some(Self::Auto),
-            "cpu" => Some(Self::Cpu),
-            "cuda" => Some(Self::Cuda(0)),
-            other => other.strip_prefix("cuda:").and_then(gpu),
-        }
-        .ok_or_else(|| {
-            format!("unknown device `{text}`, expected `auto`, `cpu`, `cuda` or `cuda:N`")
-        })
-    }
-}
-
-impl From<Device> for String {
-    fn from(device: Device) -> Self {
-        match device {
-            Device::Auto => "auto".to_owned(),
-            Device::Cpu => "cpu".to_owned(),
-            Device::Cuda(0) => "cuda".to_owned(),
-            Device::Cuda(number) => format!("cuda:{number}"),
-        }
-    }
-}
-
-/// Arithmetic of activations.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub(crate) enum Dtype {
-    /// The device's best: f32 on a CPU, bf16 on a GPU.
-    Auto,
-    /// Single precision.
-    F32,
-    /// bfloat16, with masters of the adapter in f32.
-    Bf16,
-}
-
 /// What the forward pass keeps on a GPU; the results are the same bits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -168,8 +116,8 @@ impl Default for Params {
             select: Select::Last,
             spike: Some(Spike::default()),
             base_model_name_or_path: String::new(),
-            device: Device::Auto,
-            dtype: Dtype::Auto,
+            device: DeviceChoice::Auto,
+            dtype: DtypeChoice::Auto,
             activations: Activations::Auto,
         }
     }

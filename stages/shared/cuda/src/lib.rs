@@ -8,6 +8,7 @@
 
 mod adapter;
 mod attention;
+mod choice;
 mod compile;
 mod device;
 mod error;
@@ -20,6 +21,7 @@ mod step;
 mod weights;
 
 pub use adapter::Lora;
+pub use choice::open;
 pub use device::{Buffer, Device, Dtype};
 pub use error::CudaError;
 pub use generate::Generator;

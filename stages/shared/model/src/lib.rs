@@ -5,6 +5,7 @@
 //! slow twin in plain Burn operations, with Burn's autodiff, is the reference of the tests.
 
 mod adapter;
+mod choice;
 mod decoder;
 mod dora;
 mod error;
@@ -23,6 +24,7 @@ mod svd;
 pub use checkpoint::ModelConfig;
 
 pub use adapter::{Adapter, DropoutKey, Factor, LoraConfig, PROJECTIONS};
+pub use choice::{DeviceChoice, DtypeChoice};
 pub use decoder::Model;
 pub use error::ModelError;
 pub use generate::{GenerateOptions, Generated};

@@ -5,17 +5,14 @@ use std::path::Path;
 use std::time::Instant;
 
 use checkpoint::{ModelConfig, ModelFolder};
-use contract::{Fault, Reporter, StageError};
-use cuda::{
-    Activations, AdamSettings, CudaError, Device as Gpu, Dtype as GpuDtype, Frozen, Lora,
-    Optimizer, Step,
-};
+use contract::{Reporter, StageError};
+use cuda::{Activations, AdamSettings, CudaError, Device as Gpu, Frozen, Lora, Optimizer, Step};
 use model::{Adapter, DropoutKey, Loss, MicroBatch, Model};
 use serde_json::Value;
 
 use super::{DecoderLearner, Learner, start};
 use crate::optimizer::{OptimizerKind, dynamic_maps};
-use crate::params::{self, Device, Dtype, Params};
+use crate::params::{self, Params};
 
 /// A decoder with its adapter on a GPU. Buffers go before the device, so the order of the fields
 /// matters.
@@ -39,41 +36,10 @@ struct Prepared {
     capacity: usize,
 }
 
-/// A GPU's failure as the user's.
-fn stage_error(error: CudaError) -> StageError {
-    let fault = match &error {
-        CudaError::Library { .. } => Fault::Environment,
-        CudaError::Memory { .. } => Fault::Memory,
-        CudaError::Input(_) => Fault::Input,
-        _ => Fault::Internal,
-    };
-    let help = error.help();
-    let plain = StageError::new(fault, error.to_string());
-    match help {
-        Some(help) => plain.help(help),
-        None => plain,
-    }
-}
-
 impl CudaLearner {
-    /// Whether there is a GPU that this program can use; says why not where one may be there.
-    pub(crate) fn is_available(reporter: &mut Reporter) -> bool {
-        match Gpu::open(0, GpuDtype::F32) {
-            Ok(_) => true,
-            Err(CudaError::Library { library: "cuda" }) => {
-                reporter.log("no NVIDIA driver: training on the CPU");
-                false
-            }
-            Err(error) => {
-                let help = error.help().unwrap_or("set `device: cuda` to insist");
-                reporter.warn(format!("no GPU is used, training on the CPU: {error} ({help})"));
-                false
-            }
-        }
-    }
-
     /// Loads the model, and the adapter to start from where there is one.
     pub(crate) fn load(
+        gpu: Gpu,
         params: &Params,
         folder: &Path,
         init_adapter: Option<&Path>,
@@ -86,7 +52,6 @@ impl CudaLearner {
             return Err(StageError::input("`lora.use_dora` is not available on a GPU yet")
                 .help("remove it, or set `device: cpu`"));
         }
-        let gpu = open(params)?;
         let config = ModelConfig::read(&ModelFolder::open(folder)?)?;
         let adapter = match init_adapter {
             None => start::new_adapter(params, &config)?,
@@ -94,8 +59,8 @@ impl CudaLearner {
                 start::continued(params, Adapter::load_peft(init, &Model::load(folder)?)?)?
             }
         };
-        let frozen = Frozen::load(&gpu, folder).map_err(stage_error)?;
-        let lora = Lora::new(&gpu, &config, &adapter).map_err(stage_error)?;
+        let frozen = Frozen::load(&gpu, folder)?;
+        let lora = Lora::new(&gpu, &config, &adapter)?;
         let adam = params.adam();
         let settings = AdamSettings {
             eight_bit: adam.kind == OptimizerKind::Adamw8bit,
@@ -136,24 +101,6 @@ impl CudaLearner {
     fn prepared(&self) -> Result<&Prepared, StageError> {
         self.prepared.as_ref().ok_or_else(|| StageError::internal("the GPU step was not prepared"))
     }
-}
-
-/// The GPU of the params, with the arithmetic they ask for.
-fn open(params: &Params) -> Result<Gpu, StageError> {
-    let ordinal = if let Device::Cuda(ordinal) = params.device { ordinal } else { 0 };
-    let dtype = match params.dtype {
-        Dtype::F32 => GpuDtype::F32,
-        Dtype::Auto | Dtype::Bf16 => GpuDtype::Bf16,
-    };
-    let gpu = Gpu::open(ordinal, dtype).map_err(stage_error)?;
-    if params.dtype == Dtype::Auto && !gpu.has_bf16() {
-        return Gpu::open(ordinal, GpuDtype::F32).map_err(stage_error);
-    }
-    if dtype == GpuDtype::Bf16 && !gpu.has_bf16() {
-        return Err(StageError::input(format!("{} has no bf16", gpu.name()))
-            .help("set `dtype: f32`, which is slower"));
-    }
-    Ok(gpu)
 }
 
 /// Ways to run micro-batches of `batch` tokens in rows of up to `row`, the fastest first.
@@ -246,17 +193,18 @@ impl Learner for CudaLearner {
                     break;
                 }
                 Err(error @ CudaError::Memory { .. }) => fault = Some(error),
-                Err(error) => return Err(stage_error(error)),
+                Err(error) => return Err(error.into()),
             }
         }
         let Some(prepared) = &self.prepared else {
-            let plain = fault.map_or_else(|| StageError::internal("no way to run"), stage_error);
+            let plain =
+                fault.map_or_else(|| StageError::internal("no way to run"), StageError::from);
             return Err(plain.help(format!(
                 "not even one row of {row} tokens fits: lower `max_length` of the stage that packs"
             )));
         };
-        self.rehearse(prepared, row).map_err(stage_error)?;
-        let seconds = self.rehearse(prepared, row).map_err(stage_error)?;
+        self.rehearse(prepared, row)?;
+        let seconds = self.rehearse(prepared, row)?;
         let gib = |bytes: u64| bytes as f64 / f64::from(1u32 << 30);
         let rate = prepared.capacity as f64 / seconds;
         reporter.log(format!(
@@ -264,7 +212,7 @@ impl Learner for CudaLearner {
              about {rate:.0} tok/s",
             self.gpu.name(),
             gib(self.gpu.peak_bytes()),
-            gib(self.gpu.total_bytes().map_err(stage_error)?),
+            gib(self.gpu.total_bytes()?),
             name(prepared.activations),
             prepared.capacity,
         ));
@@ -278,43 +226,42 @@ impl Learner for CudaLearner {
         _dropout: DropoutKey,
     ) -> Result<(), StageError> {
         let prepared = self.prepared()?;
-        split(batch, prepared.capacity, |part| {
+        Ok(split(batch, prepared.capacity, |part| {
             prepared.step.run(&self.gpu, &self.frozen, &self.lora, part, scale)
-        })
-        .map_err(stage_error)
+        })?)
     }
 
     fn gradient(&mut self) -> Result<(f64, f64), StageError> {
         let Prepared { step, optimizer, .. } = self.prepared()?;
-        optimizer.collect(&self.gpu, &self.lora).map_err(stage_error)?;
-        let loss = step.take_loss(&self.gpu).map_err(stage_error)?;
-        Ok((loss, f64::from(optimizer.read_norm(&self.gpu).map_err(stage_error)?)))
+        optimizer.collect(&self.gpu, &self.lora)?;
+        let loss = step.take_loss(&self.gpu)?;
+        Ok((loss, f64::from(optimizer.read_norm(&self.gpu)?)))
     }
 
     fn update(&mut self, learning_rate: f64) -> Result<(), StageError> {
         let Some(prepared) = &mut self.prepared else { return Ok(()) };
-        prepared.optimizer.update(&self.gpu, &self.lora, learning_rate).map_err(stage_error)
+        Ok(prepared.optimizer.update(&self.gpu, &self.lora, learning_rate)?)
     }
 
     fn loss(&self, batch: MicroBatch<'_>) -> Result<Loss, StageError> {
         let prepared = self.prepared()?;
         let run =
             |part: MicroBatch<'_>| prepared.step.loss(&self.gpu, &self.frozen, &self.lora, part);
-        split(batch, prepared.capacity, run).map_err(stage_error)?;
-        let sum = prepared.step.take_loss(&self.gpu).map_err(stage_error)?;
+        split(batch, prepared.capacity, run)?;
+        let sum = prepared.step.take_loss(&self.gpu)?;
         let targets = batch.targets.iter().filter(|t| **t != -100).count() as u64;
         Ok(Loss { sum, targets })
     }
 
     fn values(&self) -> Result<Vec<f32>, StageError> {
-        self.lora.read_values(&self.gpu).map_err(stage_error)
+        Ok(self.lora.read_values(&self.gpu)?)
     }
 
     fn write_state(&self, out: &mut Vec<u8>) -> Result<(), StageError> {
         let values = self.values()?;
         out.extend((values.len() as u64).to_le_bytes());
         out.extend(values.iter().flat_map(|v| v.to_le_bytes()));
-        self.prepared()?.optimizer.write(&self.gpu, out).map_err(stage_error)
+        Ok(self.prepared()?.optimizer.write(&self.gpu, out)?)
     }
 
     fn read_state(&mut self, bytes: &[u8]) -> Result<bool, StageError> {
@@ -324,11 +271,11 @@ impl Learner for CudaLearner {
         };
         let Some(prepared) = &mut self.prepared else { return Ok(false) };
         if crate::optimizer::read_f32(&mut values, &mut rest).is_none()
-            || !prepared.optimizer.read(&self.gpu, rest).map_err(stage_error)?
+            || !prepared.optimizer.read(&self.gpu, rest)?
         {
             return Ok(false);
         }
-        self.lora.write_values(&self.gpu, &values).map_err(stage_error)?;
+        self.lora.write_values(&self.gpu, &values)?;
         Ok(true)
     }
 }

@@ -1,0 +1,86 @@
+//! A decoder on an NVIDIA GPU.
+
+use std::path::Path;
+
+use checkpoint::{ModelConfig, ModelFolder, Tokenizer};
+use contract::StageError;
+use cuda::{Device, Generator};
+use model::{Adapter, GenerateOptions, Generated, LoraConfig};
+
+use super::Answerer;
+
+/// A decoder on a GPU, with or without an adapter.
+pub(crate) struct CudaAnswerer {
+    tokenizer: Tokenizer,
+    generator: Generator,
+    max_positions: usize,
+    name: String,
+}
+
+impl CudaAnswerer {
+    /// Loads the model, and the adapter where there is one.
+    pub(crate) fn load(
+        gpu: Device,
+        model: &Path,
+        adapter: Option<&Path>,
+    ) -> Result<Self, StageError> {
+        let folder = ModelFolder::open(model)?;
+        let config = ModelConfig::read(&folder)?;
+        let adapter = match adapter {
+            Some(adapter) => Adapter::load_peft_of(adapter, &config)?,
+            None => {
+                Adapter { config: LoraConfig::default(), factors: Vec::new(), values: Vec::new() }
+            }
+        };
+        let name = gpu.name();
+        Ok(Self {
+            tokenizer: folder.tokenizer()?,
+            generator: Generator::load(gpu, model, &adapter)?,
+            max_positions: config.max_position_embeddings,
+            name,
+        })
+    }
+}
+
+impl Answerer for CudaAnswerer {
+    fn encode(&self, text: &str) -> Result<Vec<u32>, StageError> {
+        Ok(self.tokenizer.encode(text)?.ids)
+    }
+
+    fn decode(&self, tokens: &[u32]) -> Result<String, StageError> {
+        Ok(self.tokenizer.decode(tokens)?)
+    }
+
+    fn token_id(&self, token: &str) -> Option<u32> {
+        self.tokenizer.id(token)
+    }
+
+    fn end_id(&self) -> Option<u32> {
+        self.tokenizer.eos()
+    }
+
+    fn max_positions(&self) -> usize {
+        self.max_positions
+    }
+
+    fn generate(
+        &self,
+        prompts: &[Vec<u32>],
+        options: &GenerateOptions,
+        done: &mut dyn FnMut(Generated) -> bool,
+    ) -> Result<(), StageError> {
+        Ok(self.generator.generate(prompts, options, done)?)
+    }
+
+    fn rows_at_once(&self) -> usize {
+        64
+    }
+
+    fn peak_device_bytes(&self) -> Option<u64> {
+        Some(self.generator.device().peak_bytes())
+    }
+
+    fn backend(&self) -> (String, String) {
+        ("cuda".to_owned(), self.name.clone())
+    }
+}

@@ -1,0 +1,55 @@
+//! Params of the stages that compute: where, and in which arithmetic.
+
+use serde::{Deserialize, Serialize};
+
+/// Where to compute: `auto`, `cpu`, `cuda` or `cuda:N`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub enum DeviceChoice {
+    /// The best device there is.
+    Auto,
+    /// The processor.
+    Cpu,
+    /// The NVIDIA GPU of that number.
+    Cuda(usize),
+}
+
+impl TryFrom<String> for DeviceChoice {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        let gpu = |number: &str| number.parse().ok().map(Self::Cuda);
+        match text.as_str() {
+            "auto" => Some(Self::Auto),
+            "cpu" => Some(Self::Cpu),
+            "cuda" => Some(Self::Cuda(0)),
+            other => other.strip_prefix("cuda:").and_then(gpu),
+        }
+        .ok_or_else(|| {
+            format!("unknown device `{text}`, expected `auto`, `cpu`, `cuda` or `cuda:N`")
+        })
+    }
+}
+
+impl From<DeviceChoice> for String {
+    fn from(device: DeviceChoice) -> Self {
+        match device {
+            DeviceChoice::Auto => "auto".to_owned(),
+            DeviceChoice::Cpu => "cpu".to_owned(),
+            DeviceChoice::Cuda(0) => "cuda".to_owned(),
+            DeviceChoice::Cuda(number) => format!("cuda:{number}"),
+        }
+    }
+}
+
+/// Arithmetic of activations.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DtypeChoice {
+    /// The device's best: f32 on a CPU, bf16 on a GPU.
+    Auto,
+    /// Single precision.
+    F32,
+    /// bfloat16, with masters of an adapter in training in f32.
+    Bf16,
+}
