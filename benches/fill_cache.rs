@@ -11,7 +11,7 @@ use contract::{OutputForm, StageKind};
 use pipe::cache::Cache;
 use pipe::graph::StageGraph;
 use pipe::lockfile::Lockfile;
-use pipe::pipeline::{Kinds, Pipeline, Stage};
+use pipe::pipeline::{Kinds, Overrides, Pipeline, Stage};
 use pipe::plan::{Decided, Decision, PlanOptions, Planner, Records};
 use pipe::record::{OutputRecord, Record};
 
@@ -19,7 +19,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let args: Vec<String> = std::env::args().collect();
     let [_, file, root] = args.as_slice() else { return Err("fill_cache PIPELINE CACHE".into()) };
     let kinds: [&dyn StageKind; 2] = [&stage_select::Select, &stage_command::Command];
-    let pipeline = Pipeline::load(Path::new(file), &[], Kinds(&kinds))?;
+    let pipeline = Pipeline::load(Path::new(file), Overrides::default(), Kinds(&kinds))?;
     let graph = StageGraph::new(&pipeline);
     let cache = Cache::open(Path::new(root))?;
     let lock = Lockfile::beside(Path::new(file))?;

@@ -8,6 +8,7 @@ mod folder;
 mod lease;
 mod materialise;
 mod object;
+mod probe;
 mod records;
 mod runs;
 mod scratch;
@@ -27,6 +28,7 @@ use serde::{Deserialize, Serialize};
 
 pub use lease::{Acquired, Lease};
 pub use object::{Stored, TreeEntry};
+pub use probe::Probe;
 pub use scratch::Scratch;
 
 pub(crate) use durable::{unique_name, unix_seconds};

@@ -1,6 +1,7 @@
 //! The command line: one file a subcommand, and what they share.
 
 mod completions;
+mod doctor;
 mod graph;
 mod init;
 mod keys;
@@ -33,7 +34,7 @@ use miette::Diagnostic;
 use crate::cache::{Cache, CacheError};
 use crate::graph::StageGraph;
 use crate::lockfile::{LockError, Lockfile};
-use crate::pipeline::{Kinds, Pipeline, PipelineError};
+use crate::pipeline::{Kinds, Overrides, Pipeline, PipelineError};
 use crate::plan::{PlanError, PlanOptions, Planner};
 use crate::remote::RemoteError;
 use crate::runner::RunError;
@@ -64,6 +65,9 @@ struct Shared {
     /// Cache folder [default: `cache` at the root of the project]
     #[arg(long, global = true, value_name = "DIR", env = "PIPE_CACHE")]
     cache: Option<PathBuf>,
+    /// Take the changes of a profile of the pipeline file
+    #[arg(long, global = true, value_name = "NAME", env = "PIPE_PROFILE")]
+    profile: Option<String>,
     /// Set a variable of the pipeline, or a param as `STAGE.PARAM=VALUE`; may be repeated
     #[arg(long = "set", global = true, value_name = "PATH=VALUE")]
     set: Vec<String>,
@@ -76,6 +80,14 @@ struct Shared {
     /// Print JSON for programs
     #[arg(long, global = true)]
     json: bool,
+}
+
+impl Shared {
+    /// What `--profile` and `--set` say; an empty PIPE_PROFILE is none.
+    fn overrides(&self) -> Overrides<'_> {
+        let profile = self.profile.as_deref().filter(|name| !name.is_empty());
+        Overrides { profile, set: &self.set }
+    }
 }
 
 #[derive(Debug, Subcommand)]
@@ -110,6 +122,8 @@ enum Command {
     Keys(keys::Args),
     /// List the stage kinds, or the params, inputs and outputs of one
     Kinds(kinds::Args),
+    /// Check what the host and the cache's file system can do
+    Doctor(doctor::Args),
     /// Print the completions for a shell
     Completions(completions::Args),
     /// Merge lock files
@@ -228,9 +242,9 @@ impl Project {
 impl Context<'_> {
     fn project(&self) -> Result<Project, CommandError> {
         let path = self.pipeline_path()?;
-        let pipeline = Pipeline::load(&path, &self.shared.set, self.kinds)?;
+        let pipeline = Pipeline::load(&path, self.shared.overrides(), self.kinds)?;
         let graph = StageGraph::new(&pipeline);
-        let cache = self.cache(&pipeline.dir)?;
+        let cache = self.cache_of(&pipeline)?;
         let lock = Lockfile::beside(&path)?;
         Ok(Project { pipeline, graph, cache, lock })
     }
@@ -250,6 +264,15 @@ impl Context<'_> {
                     "`pipe init` writes a starter pipeline; `-f FILE` names another",
                 )
             })
+    }
+
+    /// The cache of a pipeline: `--cache`, else its profile's, else [`Context::cache`].
+    fn cache_of(&self, pipeline: &Pipeline) -> Result<Cache, CommandError> {
+        let profile = pipeline.profile.as_ref().filter(|_| self.shared.cache.is_none());
+        match profile.and_then(|p| p.cache.as_ref()) {
+            Some(dir) => Ok(Cache::open(&pipeline.dir.join(dir))?),
+            None => self.cache(&pipeline.dir),
+        }
     }
 
     /// The cache for a pipeline in `dir`: `--cache`, else `cache` in the nearest folder at or
@@ -308,6 +331,7 @@ pub fn main(kinds: &[&dyn StageKind]) -> ExitCode {
         Command::Pull(args) => pull::run(&context, &args),
         Command::Keys(args) => keys::run(&context, &args),
         Command::Kinds(args) => kinds::run(&context, &args),
+        Command::Doctor(args) => doctor::run(&context, &args),
         Command::Completions(args) => Ok(completions::run(&args)),
         Command::Lock(args) => lock::run(&args),
         Command::Schema(args) => Ok(schema::run(&context, &args)),

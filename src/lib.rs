@@ -7,6 +7,7 @@ pub mod cache;
 pub mod command;
 pub mod digest;
 pub mod display;
+pub mod doctor;
 pub mod event;
 pub mod exit_code;
 pub mod fingerprint;

@@ -7,6 +7,7 @@ mod expand;
 mod matrix;
 mod points;
 mod problem;
+mod profile;
 mod read;
 mod variables;
 
@@ -21,6 +22,7 @@ pub use points::{PointParams, Points, plain_stage, point_label};
 pub(crate) use read::{STAGE_KEYS, TOP_KEYS};
 
 pub use problem::{PipelineError, Problem, Sources, suggest};
+pub use profile::Profile;
 
 use crate::yaml::Place;
 
@@ -37,6 +39,21 @@ impl<'a> Kinds<'a> {
     /// All names.
     pub fn names(&self) -> impl Iterator<Item = &'static str> + use<'a> {
         self.0.iter().map(|k| k.name())
+    }
+}
+
+/// What is changed of a pipeline file when it is loaded.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Overrides<'a> {
+    /// The profile that is taken.
+    pub profile: Option<&'a str>,
+    /// `--set` arguments, which come after the profile.
+    pub set: &'a [String],
+}
+
+impl<'a> From<&'a Vec<String>> for Overrides<'a> {
+    fn from(set: &'a Vec<String>) -> Self {
+        Self { profile: None, set }
     }
 }
 
@@ -57,6 +74,8 @@ pub struct Pipeline {
     pub points: Points,
     /// The shared cache that it names.
     pub remote: Option<crate::remote::RemoteConfig>,
+    /// The profile that it was loaded with.
+    pub profile: Option<Profile>,
     /// Texts, for reports.
     pub sources: Sources,
     /// Position in `stages` by name.
@@ -163,7 +182,11 @@ impl Pipeline {
     ///
     /// # Errors
     /// [`PipelineError`] with every problem found.
-    pub fn load(path: &Path, sets: &[String], kinds: Kinds<'_>) -> Result<Self, PipelineError> {
+    pub fn load<'a>(
+        path: &Path,
+        overrides: impl Into<Overrides<'a>>,
+        kinds: Kinds<'_>,
+    ) -> Result<Self, PipelineError> {
         let text = std::fs::read_to_string(path).map_err(|error| {
             let help = (error.kind() == std::io::ErrorKind::NotFound).then(|| {
                 "`pipe init` writes a starter pipeline; `-f FILE` names another".to_owned()
@@ -173,21 +196,21 @@ impl Pipeline {
         let dir = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
         let dir = std::path::absolute(dir)
             .map_err(|e| PipelineError::plain(format!("no current folder: {e}"), None))?;
-        Self::parse(path, dir, &text, sets, kinds)
+        Self::parse(path, dir, &text, overrides, kinds)
     }
 
     /// Validates the text of a pipeline file.
     ///
     /// # Errors
     /// [`PipelineError`] with every problem found.
-    pub fn parse(
+    pub fn parse<'a>(
         path: &Path,
         dir: PathBuf,
         text: &str,
-        sets: &[String],
+        overrides: impl Into<Overrides<'a>>,
         kinds: Kinds<'_>,
     ) -> Result<Self, PipelineError> {
-        read::pipeline(path, dir, text, sets, kinds)
+        read::pipeline(path, dir, text, overrides.into(), kinds)
     }
 
     /// The stage called `name`.

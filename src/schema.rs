@@ -82,8 +82,21 @@ fn top_key(key: &str) -> Value {
         }),
         "profiles" => json!({
             "type": "object",
-            "description": "named sets of variables; `--profile name` takes one",
-            "additionalProperties": {"type": "object"},
+            "description": "named sets of changes; `--profile name` takes one",
+            "additionalProperties": {
+                "type": "object",
+                "additionalProperties": false,
+                "properties": {
+                    "description": {"type": "string"},
+                    "params": {
+                        "type": "object",
+                        "description": "variables, or STAGE.PARAM, as `--set` takes them",
+                    },
+                    "cache": {"type": "string", "description": "folder, relative to this file"},
+                    "remote": {"type": "object", "description": "keys of `remote` that it replaces"},
+                    "jobs": {"type": "integer", "minimum": 1, "description": "stages that may run at the same time"},
+                },
+            },
         }),
         _ => json!({}),
     }

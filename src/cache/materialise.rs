@@ -96,7 +96,7 @@ impl Cache {
 }
 
 /// A copy that shares blocks until one of the two is written; few file systems can.
-fn reflink(from: &Path, to: &Path) -> io::Result<()> {
+pub(super) fn reflink(from: &Path, to: &Path) -> io::Result<()> {
     let source = File::open(from)?;
     let target = File::options().write(true).create_new(true).open(to)?;
     rustix::fs::ioctl_ficlone(&target, &source).map_err(|e| {

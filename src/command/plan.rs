@@ -33,12 +33,18 @@ pub(super) fn run(context: &Context<'_>, args: &Args) -> Result<u8, CommandError
     let remote = remote::settings(&project)?.filter(Settings::reads);
     if context.shared.json {
         let mut json = serde_json::to_value(&plan).unwrap_or_default();
+        if let Some(profile) = &project.pipeline.profile {
+            json["profile"] = serde_json::to_value(profile).unwrap_or_default();
+        }
         if let Some(remote) = &remote {
             json["remote"] = remote.shown().into();
         }
         display::out(&serde_json::to_string_pretty(&json).unwrap_or_default());
     } else {
         let mut text = text(&plan);
+        if let Some(profile) = &project.pipeline.profile {
+            text.push_str(&format!("{}\n", profile.summary()));
+        }
         if let Some(remote) = remote.filter(|_| plan.would_run()) {
             text.push_str(&format!(
                 "a plan asks no network; `run` and `pull` first ask {} for what would run\n",

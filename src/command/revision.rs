@@ -49,8 +49,8 @@ impl Context<'_> {
                 "`-f FILE` names another pipeline file",
             ));
         };
-        let (sets, kinds) = (&self.shared.set, self.kinds);
-        let mut pipeline = Pipeline::parse(&path, dir.clone(), &text(&yaml), sets, kinds)?;
+        let (overrides, kinds) = (self.shared.overrides(), self.kinds);
+        let mut pipeline = Pipeline::parse(&path, dir.clone(), &text(&yaml), overrides, kinds)?;
         let files = local_inputs(&mut pipeline, &dir, &hash)?;
         let lock_path = path.with_extension("lock");
         let lock_name = lock_path.file_name().unwrap_or_default().to_string_lossy();
@@ -59,7 +59,7 @@ impl Context<'_> {
             None => Lockfile::empty(lock_path),
         };
         let graph = StageGraph::new(&pipeline);
-        let cache = self.cache(&dir)?;
+        let cache = self.cache_of(&pipeline)?;
         let project = Project { pipeline, graph, cache, lock };
         Ok(Some(Revision { project, _files: files }))
     }

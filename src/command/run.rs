@@ -51,7 +51,11 @@ pub(super) fn run(context: &Context<'_>, args: &Args) -> Result<u8, CommandError
     let options = plan_options(&project, args, &selection)?;
     let interrupts = interrupts();
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let jobs = args.jobs.map_or(cores.clamp(2, 4), usize::from);
+    let profile = project.pipeline.profile.as_ref();
+    let jobs = args.jobs.or(profile.and_then(|p| p.jobs));
+    let jobs = jobs.map_or(cores.clamp(2, 4), usize::from);
+    let mut sets = profile.map(|p| p.set.clone()).unwrap_or_default();
+    sets.extend_from_slice(&context.shared.set);
     let remote = remote::of_run(&project)?;
     let run_options = RunOptions {
         jobs,
@@ -66,7 +70,7 @@ pub(super) fn run(context: &Context<'_>, args: &Args) -> Result<u8, CommandError
 
     let mut lock = project.lock.clone();
     let planner = project.planner(&options);
-    let mut log = RunLog::new(&project.pipeline, &args.names, &context.shared.set);
+    let mut log = RunLog::new(&project.pipeline, &args.names, &sets);
     let mut trace = args.trace.as_ref().map(|path| (path, Trace::default()));
     let mut show = |event| {
         log.observe(&event);

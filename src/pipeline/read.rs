@@ -11,24 +11,26 @@ use serde_json::Value;
 
 use super::problem::{PipelineError, Problem, Sources, suggest};
 use super::variables::{Variables, apply_set};
-use super::{Gathered, Input, InputRef, Kinds, Pipeline, Points, Stage, expand};
+use super::{
+    Gathered, Input, InputRef, Kinds, Overrides, Pipeline, Points, Stage, expand, profile,
+};
 use crate::yaml::{self, Key, Node, Place, Tree, YamlError};
 
 pub(crate) const STAGE_KEYS: [&str; 8] =
     ["kind", "params", "matrix", "inputs", "env", "pass_env", "require", "description"];
-pub(crate) const TOP_KEYS: [&str; 6] =
-    ["name", "description", "params", "targets", "stages", "remote"];
+pub(crate) const TOP_KEYS: [&str; 7] =
+    ["name", "description", "params", "targets", "stages", "remote", "profiles"];
 
 pub(super) fn pipeline(
     path: &Path,
     dir: PathBuf,
     text: &str,
-    sets: &[String],
+    overrides: Overrides<'_>,
     kinds: Kinds<'_>,
 ) -> Result<Pipeline, PipelineError> {
     let shown = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy();
     let mut sources = Sources::new(&shown, text);
-    let root = document(text, sets, &mut sources)?;
+    let root = document(text, overrides, &mut sources)?;
     let mut reader = Reader { kinds, problems: Vec::new(), pins: BTreeMap::new() };
     let (mut stages, targets) = reader.top(&root);
     reader.references(&stages);
@@ -43,6 +45,7 @@ pub(super) fn pipeline(
     }
     reader.targets(&targets, &stages, &points);
     let remote = reader.remote(&root, &Variables::new(root.get("params")));
+    let profile = reader.profiles(&root, overrides.profile);
     if !reader.problems.is_empty() {
         return Err(PipelineError::of(reader.problems, &sources));
     }
@@ -58,7 +61,7 @@ pub(super) fn pipeline(
         .map(|(key, members)| (key.name, members.into_iter().map(|(name, _)| name).collect()))
         .collect();
     let path = path.to_owned();
-    Ok(Pipeline { path, dir, name, stages, targets, points, remote, sources, index })
+    Ok(Pipeline { path, dir, name, stages, targets, points, remote, profile, sources, index })
 }
 
 /// Names the first output where a reference names the stage alone.
@@ -78,14 +81,21 @@ fn with_default_outputs(mut stages: Vec<Stage>) -> Vec<Stage> {
     stages
 }
 
-/// Parses the file and the `--set` arguments, and applies the latter.
-fn document(text: &str, sets: &[String], sources: &mut Sources) -> Result<Node, PipelineError> {
+/// Parses the file, and applies the profile and the `--set` arguments.
+fn document(
+    text: &str,
+    overrides: Overrides<'_>,
+    sources: &mut Sources,
+) -> Result<Node, PipelineError> {
     let mut root = match yaml::parse(text, 0) {
         Ok(root) => root,
         Err(error) => return Err(PipelineError::of(vec![syntax(error)], sources)),
     };
     let mut problems = Vec::new();
-    for set in sets {
+    if let Some(name) = overrides.profile {
+        problems.extend(profile::apply(&mut root, name).err().unwrap_or_default());
+    }
+    for set in overrides.set {
         let source = sources.add("--set", set);
         let whole = Place { source, start: 0, end: set.len() };
         let Some((path, value)) = set.split_once('=') else {
@@ -486,7 +496,7 @@ impl Reader<'_> {
         }
     }
 
-    fn string(&mut self, node: &Node, what: &str) -> Option<String> {
+    pub(super) fn string(&mut self, node: &Node, what: &str) -> Option<String> {
         if let Tree::Text(text) = &node.tree {
             return Some(text.clone());
         }
@@ -513,7 +523,7 @@ impl Reader<'_> {
         self.problems.push(Problem::at(message, node.place, format!("expected {wanted}")));
     }
 
-    fn unknown_keys(&mut self, entries: &[(Key, Node)], known: &[&str], what: &str) {
+    pub(super) fn unknown_keys(&mut self, entries: &[(Key, Node)], known: &[&str], what: &str) {
         for (key, _) in entries {
             if !known.contains(&key.name.as_str()) {
                 let message = format!("{what} has no key `{}`", key.name);

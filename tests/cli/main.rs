@@ -6,10 +6,12 @@ mod caching;
 mod commands;
 mod comparisons;
 mod diagnostics;
+mod doctor;
 mod failures;
 #[cfg(feature = "remote")]
 mod http;
 mod processes;
+mod profiles;
 mod programs;
 #[cfg(feature = "remote")]
 mod remote;

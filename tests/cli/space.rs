@@ -92,6 +92,7 @@ impl Space {
             .env("RUNS", self.dir.path().join("runs"))
             .env_remove("XDG_CACHE_HOME")
             .env_remove("PIPE_CACHE")
+            .env_remove("PIPE_PROFILE")
             .env_remove("PIPE_LOG");
         command
     }

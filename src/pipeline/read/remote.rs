@@ -9,7 +9,7 @@ const KEYS: [&str; 5] = ["url", "read", "write", "sign", "trusted_keys"];
 
 impl Reader<'_> {
     /// The remote of a pipeline, if it has one.
-    pub(super) fn remote(
+    pub(in crate::pipeline) fn remote(
         &mut self,
         root: &Node,
         variables: &Variables<'_>,
