@@ -6,10 +6,13 @@
 
 use data::{Function, Message, Role, Row, Tool, ToolCall};
 use serde::Deserialize;
+use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
 const CALL: &str = "<functioncall>";
 const END: &str = "<|endoftext|>";
+/// Marks around calls that say nothing more.
+const MARKS: [&str; 3] = ["</functioncall>", "<multiplefunctions>", "</multiplefunctions>"];
 const SPEAKERS: [(&str, Role); 3] =
     [("USER:", Role::User), ("ASSISTANT:", Role::Assistant), ("FUNCTION RESPONSE:", Role::Tool)];
 
@@ -74,33 +77,47 @@ fn turns(chat: &str) -> Vec<(Role, &str)> {
 }
 
 fn assistant(text: &str) -> Result<Message, String> {
-    let text = text.replace(END, "");
-    let mut parts = text.split(CALL);
-    let content = parts.next().unwrap_or_default().trim();
-    let mut message = Message::text(Role::Assistant, content);
-    for payload in parts {
-        message.tool_calls.push(call(payload.trim())?);
+    let mut text = text.replace(END, "");
+    for mark in MARKS {
+        text = text.replace(mark, "");
     }
-    Ok(message)
+    let mut parts = text.split(CALL);
+    let mut words = vec![parts.next().unwrap_or_default().trim()];
+    let mut tool_calls = Vec::new();
+    for payload in parts {
+        let (first, mut rest) = call(payload.trim())?;
+        tool_calls.push(first);
+        // More calls may follow without a mark of their own, and so may words.
+        while rest.starts_with('{') {
+            let (next, after) = call(rest)?;
+            tool_calls.push(next);
+            rest = after;
+        }
+        words.push(rest);
+    }
+    words.retain(|w| !w.is_empty());
+    Ok(Message { tool_calls, ..Message::text(Role::Assistant, words.join("\n\n")) })
 }
 
-fn call(payload: &str) -> Result<ToolCall, String> {
+/// The call at the beginning of `payload`, and what follows it.
+fn call(payload: &str) -> Result<(ToolCall, &str), String> {
     let fault = |what: &str| {
         let shown: String = payload.chars().take(80).collect();
         format!("a call {what}: {shown}")
     };
     // Proper JSON first: arguments as an object or as a JSON text.
-    if let Ok(Value::Object(call)) = serde_json::from_str::<Value>(payload) {
+    if let Some((Value::Object(call), rest)) = leading::<Value>(payload) {
         let name = call.get("name").and_then(Value::as_str).ok_or_else(|| fault("has no name"))?;
         let arguments = match call.get("arguments") {
             None => Map::new(),
             Some(Value::Object(arguments)) => arguments.clone(),
+            Some(Value::String(text)) if text.trim().is_empty() => Map::new(),
             Some(Value::String(text)) => {
                 serde_json::from_str(text).map_err(|_| fault("has arguments that are not JSON"))?
             }
             Some(_) => return Err(fault("has arguments that are no object")),
         };
-        return Ok(ToolCall::new(name, arguments));
+        return Ok((ToolCall::new(name, arguments), rest));
     }
     let key = payload.find("\"arguments\"").ok_or_else(|| fault("is not JSON"))?;
     let head = payload[..key].trim_end().trim_end_matches(',');
@@ -108,27 +125,43 @@ fn call(payload: &str) -> Result<ToolCall, String> {
         serde_json::from_str(&format!("{head}}}")).map_err(|_| fault("is not JSON"))?;
     let name = head.get("name").and_then(Value::as_str).ok_or_else(|| fault("has no name"))?;
     let rest = payload[key + "\"arguments\"".len()..].trim_start().strip_prefix(':');
-    let rest = rest.ok_or_else(|| fault("is not JSON"))?.trim();
-    // The last closing brace ends the call; where it was cut off, the quote still ends the object.
-    let inner = match rest.strip_prefix('\'') {
-        Some(quoted) => {
-            let end = quoted.rfind('\'').ok_or_else(|| fault("lacks the closing quote"))?;
-            &quoted[..end]
-        }
-        None => rest.strip_suffix('}').unwrap_or(rest).trim_end(),
+    let rest = rest.ok_or_else(|| fault("is not JSON"))?.trim_start();
+    let inner = rest.strip_prefix('\'').unwrap_or(rest).trim_start();
+    // The object says itself where it ends: an apostrophe inside it is no closing quote, and where
+    // the call was cut off behind it nothing is lost.
+    let (arguments, rest) = match leading(inner).or_else(|| leading_unescaped(inner)) {
+        Some(parsed) => parsed,
+        None if inner.starts_with(['\'', '}']) => (Map::new(), inner),
+        None => return Err(fault("has arguments that are not JSON")),
     };
-    let arguments = if inner.trim().is_empty() {
-        Map::new()
-    } else {
-        // JSON knows no `\'`; Python's repr of a text with both quotes writes it.
-        serde_json::from_str(inner)
-            .or_else(|_| serde_json::from_str(&inner.replace("\\'", "'")))
-            .map_err(|_| fault("has arguments that are not JSON"))?
-    };
-    Ok(ToolCall {
-        kind: "function".to_owned(),
-        function: Function { name: name.to_owned(), arguments },
-    })
+    let rest = rest.strip_prefix('\'').unwrap_or(rest).trim_start();
+    let rest = rest.strip_prefix('}').unwrap_or(rest).trim();
+    let function = Function { name: name.to_owned(), arguments };
+    Ok((ToolCall { kind: "function".to_owned(), function }, rest))
+}
+
+/// The JSON value at the beginning of `text`, and the rest without blanks around it.
+fn leading<T: DeserializeOwned>(text: &str) -> Option<(T, &str)> {
+    let mut values = serde_json::Deserializer::from_str(text).into_iter::<T>();
+    let value = values.next()?.ok()?;
+    Some((value, text[values.byte_offset()..].trim()))
+}
+
+/// As [`leading`], for an object in the `repr` of Python: of a text with both kinds of quotes it
+/// writes `\'`, which JSON does not know.
+fn leading_unescaped(text: &str) -> Option<(Map<String, Value>, &str)> {
+    let unescaped = text.replace("\\'", "'");
+    let mut values = serde_json::Deserializer::from_str(&unescaped).into_iter();
+    let value = values.next()?.ok()?;
+    // Where that place is in `text`.
+    let (mut left, mut rest) = (values.byte_offset(), text);
+    while left > 0 {
+        rest = rest.strip_prefix("\\'").map_or(rest, |_| &rest[1..]);
+        let first = rest.chars().next()?;
+        left = left.saturating_sub(first.len_utf8());
+        rest = &rest[first.len_utf8()..];
+    }
+    Some((value, rest.trim()))
 }
 
 #[cfg(test)]
@@ -168,8 +201,59 @@ mod tests {
         assert_eq!(plain.tool_calls[0].function.arguments["a"], json!(1));
         let empty = one("<functioncall> {\"name\": \"f\", \"arguments\": '{}'}");
         assert!(empty.tool_calls[0].function.arguments.is_empty());
+        let quotes = one("<functioncall> {\"name\": \"f\", \"arguments\": ''} <|endoftext|>");
+        assert!(quotes.tool_calls[0].function.arguments.is_empty());
         let none = one("<functioncall> {\"name\": \"f\"}");
         assert!(none.tool_calls[0].function.arguments.is_empty());
+    }
+
+    #[test]
+    fn apostrophes_survive_in_every_kind_of_quotes() {
+        let arguments = |text: &str| one(text).tool_calls[0].function.arguments["q"].clone();
+        for (written, q) in [
+            (r#"'{"q": "'}' is not the end, it's here"}'}"#, "'}' is not the end, it's here"),
+            (r#"'{"q": "it\'s said: \"no\""}'}"#, "it's said: \"no\""),
+            (r#"'{"q": "d\'été 日本\'"}' } then it\'s over"#, "d'été 日本'"),
+            (r#""{\"q\": \"it's\"}"}"#, "it's"),
+            (r#"{"q": "it's"}}"#, "it's"),
+        ] {
+            let text = format!("<functioncall> {{\"name\": \"f\", \"arguments\": {written}");
+            assert_eq!(arguments(&text), json!(q), "{written}");
+        }
+    }
+
+    #[test]
+    fn calls_that_were_cut_off_behind_their_arguments_are_whole() {
+        for cut in ["'}", "'", "", "' }  \n"] {
+            let text =
+                format!("<functioncall> {{\"name\": \"f\", \"arguments\": '{{\"n\": 1}}{cut}");
+            let message = one(&text);
+            assert_eq!(message.tool_calls[0].function.arguments["n"], json!(1), "{cut:?}");
+            assert_eq!(message.content, "", "{cut:?}");
+        }
+    }
+
+    #[test]
+    fn several_calls_in_one_turn_however_they_are_marked() {
+        let call = |n: u32| format!("{{\"name\": \"f\", \"arguments\": '{{\"n\": {n}}}'}}");
+        let (first, second) = (call(1), call(2));
+        for text in [
+            format!("<functioncall> {first} <functioncall> {second} <|endoftext|>"),
+            format!("<functioncall> {first}\n{second}"),
+            format!(
+                "<multiplefunctions> <functioncall> {first} </functioncall> \
+                 <functioncall> {second} </functioncall> </multiplefunctions>"
+            ),
+        ] {
+            let message = one(&text);
+            let numbers: Vec<_> =
+                message.tool_calls.iter().map(|c| c.function.arguments["n"].clone()).collect();
+            assert_eq!(numbers, [json!(1), json!(2)], "{text}");
+            assert_eq!(message.content, "", "{text}");
+        }
+        let around = one(&format!("I look. <functioncall> {first} It's on its way."));
+        assert_eq!(around.content, "I look.\n\nIt's on its way.");
+        assert_eq!(around.tool_calls.len(), 1);
     }
 
     #[test]
@@ -179,6 +263,9 @@ mod tests {
             "<functioncall> {",
             "<functioncall> {\"name\": 1}",
             "<functioncall> {\"name\": \"f\", \"arguments\": '{\"a\": }'}",
+            "<functioncall> {\"name\": \"f\", \"arguments\": '{\"a\": \\'",
+            "<functioncall> {\"name\": \"f\", \"arguments\": '{\"a\": \"é\\",
+            "<functioncall> {\"name\": \"f\", \"arguments\": [1]}",
         ] {
             assert!(assistant(text).is_err(), "{text}");
         }
@@ -195,5 +282,6 @@ mod tests {
             tools("SYSTEM: x -\n{\"name\": \"a\", \"parameters\": {}}\n\n{\"name\": \"b\"}\n")
                 .unwrap();
         assert_eq!(two.iter().map(Tool::name).collect::<Vec<_>>(), ["a", "b"]);
+        assert_eq!(two[0].function["parameters"], json!({}));
     }
 }
