@@ -115,6 +115,11 @@ const FILE: &str = "attention_reference.cu";
 const FORWARD: &str = "attention_forward.cu";
 const BACKWARD: &str = "attention_backward.cu";
 
+/// Bytes of that many floats, in whole units of 16: the compiler reads the last ones together.
+fn shared(floats: usize) -> usize {
+    (floats * 4).next_multiple_of(16)
+}
+
 impl Attention {
     fn parts(&self, base: u64, size: u64) -> [u64; 3] {
         let (q, kv) = ((self.heads * self.d) as u64, (self.kv_heads * self.d) as u64);
@@ -221,7 +226,7 @@ impl Attention {
                 (FILE, "attention_reference"),
                 [self.n, self.heads],
                 128,
-                self.longest * 4,
+                shared(self.longest),
                 args![q, k, v, ld, out, ldo, lse, start, heads, kv_heads, d, scale, n],
             )
         }
@@ -251,7 +256,7 @@ impl Attention {
                 (FILE, "attention_reference_dq"),
                 all,
                 128,
-                self.longest * 4,
+                shared(self.longest),
                 args![
                     q, k, v, ld, dout, lddo, lse, delta, dq, ldd, start, heads, kv_heads, d, scale,
                     n
@@ -261,7 +266,7 @@ impl Attention {
                 (FILE, "attention_reference_dkv"),
                 [self.n, self.kv_heads],
                 256,
-                self.longest * 8,
+                shared(2 * self.longest),
                 args![
                     q, k, v, ld, dout, lddo, lse, delta, dk, dv, ldd, stop, heads, kv_heads, d,
                     scale, n
