@@ -37,8 +37,72 @@ pub struct Identity {
 impl Identity {
     /// The hash: blake3 of the canonical JSON.
     pub fn fingerprint(&self) -> Fingerprint {
-        let value = serde_json::to_value(self).unwrap_or_default();
-        Fingerprint(*blake3::hash(canonical(&value).as_bytes()).as_bytes())
+        Fingerprint(*blake3::hash(self.canonical().as_bytes()).as_bytes())
+    }
+
+    /// [`canonical`] of its JSON, without the detour over a [`Value`]: a plan asks for it twice a
+    /// stage.
+    fn canonical(&self) -> String {
+        let Self { schema, kind, version, params, inputs, env, lock, upstream } = self;
+        let mut out = String::with_capacity(1024);
+        let mut open = '{';
+        let mut key = |name: &str, out: &mut String| {
+            out.push(std::mem::replace(&mut open, ','));
+            write_string(name, out);
+            out.push(':');
+        };
+        if !env.is_empty() {
+            key("env", &mut out);
+            let value = |value: &Option<String>, out: &mut String| match value {
+                Some(text) => write_string(text, out),
+                None => out.push_str("null"),
+            };
+            write_map(env, value, &mut out);
+        }
+        key("inputs", &mut out);
+        write_map(inputs, |digest, out| write_string(&digest.to_hex(), out), &mut out);
+        key("kind", &mut out);
+        write_string(kind, &mut out);
+        if let Some(lock) = lock {
+            key("lock", &mut out);
+            write_canonical(lock, &mut out);
+        }
+        key("params", &mut out);
+        write_canonical(params, &mut out);
+        key("schema", &mut out);
+        out.push_str(&schema.to_string());
+        if !upstream.is_empty() {
+            key("upstream", &mut out);
+            write_map(upstream, |print, out| write_string(&print.to_hex(), out), &mut out);
+        }
+        key("version", &mut out);
+        write_string(version, &mut out);
+        out.push('}');
+        out
+    }
+}
+
+fn write_map<V>(map: &BTreeMap<String, V>, value: impl Fn(&V, &mut String), out: &mut String) {
+    out.push('{');
+    for (i, (key, entry)) in map.iter().enumerate() {
+        if i > 0 {
+            out.push(',');
+        }
+        write_string(key, out);
+        out.push(':');
+        value(entry, out);
+    }
+    out.push('}');
+}
+
+/// A JSON string.
+fn write_string(text: &str, out: &mut String) {
+    if text.bytes().all(|b| b >= b' ' && b != b'"' && b != b'\\') {
+        out.push('"');
+        out.push_str(text);
+        out.push('"');
+    } else {
+        out.push_str(&Value::from(text).to_string());
     }
 }
 
@@ -59,7 +123,7 @@ fn write_canonical(value: &Value, out: &mut String) {
                 if i > 0 {
                     out.push(',');
                 }
-                out.push_str(&Value::String(key.clone()).to_string());
+                write_string(key, out);
                 out.push(':');
                 write_canonical(value, out);
             }
@@ -82,6 +146,7 @@ fn write_canonical(value: &Value, out: &mut String) {
             }
             _ => out.push_str(&number.to_string()),
         },
+        Value::String(text) => write_string(text, out),
         other => out.push_str(&other.to_string()),
     }
 }
@@ -133,6 +198,22 @@ mod tests {
         }
         let distinct: std::collections::BTreeSet<_> = seen.iter().collect();
         assert_eq!(distinct.len(), seen.len());
+    }
+
+    #[test]
+    fn short_way_and_json_agree() {
+        let mut one = identity();
+        let check = |one: &Identity| {
+            let value = serde_json::to_value(one).unwrap();
+            assert_eq!(one.canonical(), canonical(&value));
+        };
+        check(&one);
+        one.params =
+            json!({"b": "a \"quoted\" \\ line\n\u{7f}é", "a": [1.0, null, {"y": 1, "x": 2.5}]});
+        one.env.extend([("A".into(), None), ("B".into(), Some("tab\t".into()))]);
+        one.lock = Some(json!({"revision": "x"}));
+        one.upstream.extend([("s".into(), Fingerprint([7; 32]))]);
+        check(&one);
     }
 
     #[test]
