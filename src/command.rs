@@ -21,6 +21,7 @@ mod run;
 mod runs;
 mod schema;
 mod side;
+mod watch;
 mod why;
 
 use std::fmt;
@@ -94,6 +95,8 @@ impl Shared {
 enum Command {
     /// Run stages or targets, and whatever they need that is not cached
     Run(run::Args),
+    /// Run again whenever an input file or the pipeline file changes
+    Watch(watch::Args),
     /// Show what would run and why
     Plan(plan::Args),
     /// Explain why a stage would run, or what it would reuse
@@ -317,6 +320,7 @@ pub fn main(kinds: &[&dyn StageKind]) -> ExitCode {
     let context = Context { shared: cli.shared, kinds };
     let result = match cli.command {
         Command::Run(args) => run::run(&context, &args),
+        Command::Watch(args) => watch::run(&context, &args),
         Command::Plan(args) => plan::run(&context, &args),
         Command::Why(args) => why::run(&context, &args),
         Command::Outputs(args) => outputs::run(&context, &args),
@@ -336,19 +340,17 @@ pub fn main(kinds: &[&dyn StageKind]) -> ExitCode {
         Command::Lock(args) => lock::run(&args),
         Command::Schema(args) => Ok(schema::run(&context, &args)),
     };
-    match result {
-        Ok(code) => ExitCode::from(code),
-        Err(CommandError::Pipeline(error)) => {
-            for problem in error.problems() {
-                display::report(problem);
-            }
-            ExitCode::from(exit_code::BAD_PIPELINE)
-        }
-        Err(error) => {
-            display::report(&error);
-            ExitCode::from(error.exit_code())
-        }
+    ExitCode::from(result.unwrap_or_else(|error| report(&error)))
+}
+
+/// Shows an error; the exit code that it is worth.
+fn report(error: &CommandError) -> u8 {
+    if let CommandError::Pipeline(error) = error {
+        error.problems().iter().for_each(|problem| display::report(problem));
+        return exit_code::BAD_PIPELINE;
     }
+    display::report(error);
+    error.exit_code()
 }
 
 /// Sends what the engine does to standard error (`PIPE_LOG`, `-vv`) or to a file (`--log-file`).

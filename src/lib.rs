@@ -22,4 +22,5 @@ pub mod remote;
 pub mod runner;
 pub mod runs;
 pub mod schema;
+pub mod watch;
 pub mod yaml;

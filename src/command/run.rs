@@ -45,11 +45,35 @@ pub(super) struct Args {
     trace: Option<PathBuf>,
 }
 
+impl Args {
+    /// A run of some names without further wishes.
+    pub(super) fn of(names: Vec<String>, jobs: Option<u16>, keep_going: bool) -> Self {
+        Self {
+            names,
+            force: false,
+            only: false,
+            from: None,
+            jobs,
+            keep_going,
+            logs: false,
+            trace: None,
+        }
+    }
+}
+
 pub(super) fn run(context: &Context<'_>, args: &Args) -> Result<u8, CommandError> {
+    execute(context, args, interrupts())
+}
+
+/// Runs; `interrupts` counts those by the user.
+pub(super) fn execute(
+    context: &Context<'_>,
+    args: &Args,
+    interrupts: Arc<AtomicUsize>,
+) -> Result<u8, CommandError> {
     let mut project = context.project()?;
     let selection = project.pipeline.select(&args.names)?;
     let options = plan_options(&project, args, &selection)?;
-    let interrupts = interrupts();
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let profile = project.pipeline.profile.as_ref();
     let jobs = args.jobs.or(profile.and_then(|p| p.jobs));

@@ -19,4 +19,5 @@ mod schema;
 mod space;
 mod sweeps;
 mod truth;
+mod watch;
 mod words;
