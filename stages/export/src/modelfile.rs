@@ -92,11 +92,12 @@ const LOOP: &str = r#"{{- range $i, $_ := .Messages }}
 {{- end }}"#;
 
 /// The system text that a Jinja template writes where a conversation has none: what stands between
-/// the marks inside one of its strings.
+/// the marks inside one of its strings, where a line may end in `\\n` or in itself.
 fn default_system(source: &str) -> Option<&str> {
-    let strings = source.split("<|im_start|>system\\n").skip(1);
+    let strings = source.split("<|im_start|>system").skip(1);
+    let lines = strings.filter_map(|s| s.strip_prefix("\\n").or_else(|| s.strip_prefix('\n')));
     let plain = |text: &&str| !text.is_empty() && !text.contains(['\'', '"', '{', '}', '\\', '\n']);
-    strings.filter_map(|rest| rest.split("<|im_end|>").next()).find(plain)
+    lines.filter_map(|rest| rest.split("<|im_end|>").next()).find(plain)
 }
 
 #[cfg(test)]
@@ -126,6 +127,8 @@ mod tests {
             Hugging Face<|im_end|>\n";
         assert!(text.contains(&format!("{{{{ else }}}}{own}{{{{ end }}}}")), "{text}");
         assert!(text.contains("{{ else }}You are a helpful assistant.{{ end }}"), "{text}");
+        let unescaped = SMOLLM2.replace("\\n", "\n");
+        assert_eq!(modelfile("./model.gguf", Some(&template(&unescaped, "<|im_end|>"))), text);
         assert!(text.contains("PARAMETER stop \"<|im_end|>\""), "{text}");
         let (opened, closed) = (text.matches("{{").count(), text.matches("}}").count());
         assert_eq!(opened, closed, "{text}");

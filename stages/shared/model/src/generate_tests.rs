@@ -81,6 +81,29 @@ fn stored_weights_give_the_bits_of_decoded_ones() {
 }
 
 #[test]
+fn fixture_nf4_weights_give_the_bits_of_decoded_ones() {
+    // The repository's copy holds no quantised checkpoint.
+    let Some(fixtures) = std::env::var_os("PIPE_FIXTURES").map(PathBuf::from) else { return };
+    for family in ["llama", "qwen2"] {
+        let folder = fixtures.join("tiny-models").join(family);
+        let [stored, mut full] = [(), ()].map(|()| Model::load(&folder.join("nf4")).unwrap());
+        for matrix in full.layers.iter_mut().flat_map(|layer| &mut layer.projections) {
+            assert!(matches!(matrix, Matrix::Stored(_)));
+            let values = matrix.pin().view().values().into_owned();
+            *matrix = Matrix::full(values, matrix.dims());
+        }
+        let adapter = Adapter::load_peft(&folder.join("adapter"), &full).unwrap();
+        let tokens: Vec<i32> = (0..40).map(|i| i * 11 % 500).collect();
+        let bits = |model: &Model| -> Vec<u32> {
+            let logits = model.logits(Some(&adapter), &tokens, &[0, 25, 40]).unwrap();
+            logits.into_iter().map(f32::to_bits).collect()
+        };
+        assert_eq!(bits(&stored), bits(&full), "{family}");
+        assert_eq!(generated(&stored, &adapter), generated(&full, &adapter), "{family}");
+    }
+}
+
+#[test]
 fn tokens_are_the_same_with_and_without_room_for_f32() {
     let [stored, full] = rounded("qwen2").map(|dir| Model::load(dir.path()).unwrap());
     let adapter = Adapter::load_peft(&fixture("qwen2/adapter"), &full).unwrap();
