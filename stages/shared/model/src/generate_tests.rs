@@ -1,4 +1,4 @@
-#![allow(clippy::unwrap_used, reason = "tests")]
+#![allow(clippy::unwrap_used, clippy::print_stderr, reason = "tests")]
 
 use std::path::{Path, PathBuf};
 
@@ -83,7 +83,10 @@ fn stored_weights_give_the_bits_of_decoded_ones() {
 #[test]
 fn fixture_nf4_weights_give_the_bits_of_decoded_ones() {
     // The repository's copy holds no quantised checkpoint.
-    let Some(fixtures) = std::env::var_os("PIPE_FIXTURES").map(PathBuf::from) else { return };
+    let Some(fixtures) = std::env::var_os("PIPE_FIXTURES").map(PathBuf::from) else {
+        eprintln!("skipped: PIPE_FIXTURES is not set");
+        return;
+    };
     for family in ["llama", "qwen2"] {
         let folder = fixtures.join("tiny-models").join(family);
         let [stored, mut full] = [(), ()].map(|()| Model::load(&folder.join("nf4")).unwrap());
