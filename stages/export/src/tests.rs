@@ -86,13 +86,22 @@ fn with_tokenizer(family: &str, part: &str) -> tempfile::TempDir {
 
 /// Runs the stage; the folder holds `model/` and `export.json`.
 fn run(params: Value, inputs: &[(&str, &Path)]) -> Result<tempfile::TempDir, StageError> {
+    run_kind(&Export, params, inputs)
+}
+
+/// Runs a stage; the folder holds its outputs under their file names.
+fn run_kind(
+    kind: &dyn StageKind,
+    params: Value,
+    inputs: &[(&str, &Path)],
+) -> Result<tempfile::TempDir, StageError> {
     let dir = tempfile::tempdir().unwrap();
-    let signature = Export.resolve(&params).unwrap();
+    let signature = kind.resolve(&params).unwrap();
     let outputs = signature.outputs.iter().map(|o| (o.name.clone(), dir.path().join(&o.file_name)));
     let request = Request {
         protocol: contract::PROTOCOL,
-        stage: "export".to_owned(),
-        kind: "export".to_owned(),
+        stage: kind.name().to_owned(),
+        kind: kind.name().to_owned(),
         params: signature.params,
         inputs: inputs.iter().map(|(n, p)| ((*n).to_owned(), p.to_path_buf())).collect(),
         outputs: outputs.collect::<BTreeMap<_, _>>(),
@@ -103,7 +112,8 @@ fn run(params: Value, inputs: &[(&str, &Path)]) -> Result<tempfile::TempDir, Sta
         upstream: Vec::new(),
         threads: 2,
     };
-    Export.run(&request, &mut Reporter::silent()).map(|_| dir)
+    std::fs::create_dir(&request.scratch).unwrap();
+    kind.run(&request, &mut Reporter::silent()).map(|_| dir)
 }
 
 fn input_ids(family: &str) -> Vec<i32> {
@@ -157,6 +167,45 @@ fn fixture_every_format_gives_the_adapters_logits_up_to_its_rounding() {
             assert!(error > 0.0 && error < 0.15, "{family} {format}: {error}");
             assert_eq!(stats["merged"], 14, "{family} {format}");
         }
+    }
+}
+
+#[test]
+fn fixture_every_format_is_evaluated_like_the_adapter_and_compared_with_it() {
+    let (model, adapter) = (with_tokenizer("qwen2", "f32"), tiny("qwen2", "adapter"));
+    let prompts = model.path().join("prompts.jsonl");
+    let lines: Vec<data::Prompt> = (0..6)
+        .map(|i| data::Prompt {
+            id: format!("{i}#1"),
+            index: i,
+            turn: 1,
+            text: format!("<|im_start|>user\nWhat's {i}*7?<|im_end|>\n<|im_start|>assistant\n"),
+            end_mark: "<|im_end|>".to_owned(),
+            user: format!("What's {i}*7?"),
+            tools: Vec::new(),
+            expected: Some(data::Expected { calls: Vec::new(), text: (7 * i).to_string() }),
+        })
+        .collect();
+    data::write_jsonl(&prompts, &lines).unwrap();
+    let evaluate = |inputs: &[(&str, &Path)]| {
+        run_kind(&stage_evaluate::Evaluate, json!({"max_new_tokens": 8}), inputs).unwrap()
+    };
+    let tuned = evaluate(&[("model", model.path()), ("adapter", &adapter), ("prompts", &prompts)]);
+    let (metrics, predictions) =
+        (tuned.path().join("metrics.json"), tuned.path().join("predictions.jsonl"));
+    for format in ["safetensors", "gguf-f16", "gguf-q8_0", "gguf-q4_0"] {
+        let inputs = [("model", model.path()), ("adapter", &*adapter)];
+        let out = run(json!({"format": format}), &inputs).unwrap();
+        let evaluated = evaluate(&[
+            ("model", &out.path().join("model")),
+            ("prompts", &prompts),
+            ("baseline_metrics", &metrics),
+            ("baseline_predictions", &predictions),
+        ]);
+        let text = std::fs::read(evaluated.path().join("metrics.json")).unwrap();
+        let found: data::Metrics = serde_json::from_slice(&text).unwrap();
+        assert_eq!(found.prompts, 6, "{format}");
+        assert!(!found.against_baseline.is_empty(), "{format}");
     }
 }
 
