@@ -3,6 +3,7 @@
 //! The only module that touches a cache folder. Publishing is correct without any lock: objects
 //! are synced and renamed into place first, the record last, and neither is ever changed.
 
+mod collect;
 mod durable;
 mod folder;
 mod lease;
@@ -13,6 +14,7 @@ mod records;
 mod runs;
 mod scratch;
 mod stat_index;
+mod survey;
 #[cfg_attr(not(feature = "remote"), allow(dead_code, reason = "only remotes transfer"))]
 mod transfer;
 
@@ -26,10 +28,12 @@ use std::time::SystemTime;
 use contract::{OutputClass, OutputForm};
 use serde::{Deserialize, Serialize};
 
+pub use collect::{Collected, DEFAULT_CAP, GRACE, GcOptions};
 pub use lease::{Acquired, Lease};
 pub use object::{Stored, TreeEntry};
 pub use probe::Probe;
 pub use scratch::Scratch;
+pub use survey::{Damage, Held, Kept, Verified};
 
 pub(crate) use durable::{unique_name, unix_seconds};
 #[cfg(feature = "remote")]

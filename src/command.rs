@@ -1,5 +1,6 @@
 //! The command line: one file a subcommand, and what they share.
 
+mod cache;
 mod completions;
 mod doctor;
 mod graph;
@@ -123,6 +124,8 @@ enum Command {
     Pull(pull::Args),
     /// Make a key that signs records, or show its public half
     Keys(keys::Args),
+    /// Verify, repair, list, measure, pin or collect what the cache holds
+    Cache(cache::Args),
     /// List the stage kinds, or the params, inputs and outputs of one
     Kinds(kinds::Args),
     /// Check what the host and the cache's file system can do
@@ -334,6 +337,7 @@ pub fn main(kinds: &[&dyn StageKind]) -> ExitCode {
         Command::Push(args) => push::run(&context, &args),
         Command::Pull(args) => pull::run(&context, &args),
         Command::Keys(args) => keys::run(&context, &args),
+        Command::Cache(args) => cache::run(&context, &args),
         Command::Kinds(args) => kinds::run(&context, &args),
         Command::Doctor(args) => doctor::run(&context, &args),
         Command::Completions(args) => Ok(completions::run(&args)),

@@ -284,7 +284,13 @@ impl<'a> Run<'a> {
             // and are decided when a place is free.
             return Ok(false);
         }
-        let decided = self.planner.decide(stage, &self.records, lock)?;
+        let mut decided = self.planner.decide(stage, &self.records, lock)?;
+        if let Decision::Reuse { record } = &decided.decision
+            && !self.planner.cache.keep(record)
+        {
+            // Collected this very moment.
+            decided = self.planner.decide(stage, &self.records, lock)?;
+        }
         let reasons = match decided.decision {
             Decision::Reuse { record } => {
                 self.reuse(stage, record);

@@ -127,10 +127,23 @@ impl Cache {
         }
         if !placed {
             fs::remove_file(staged).map_err(io)?;
+            self.renew(&target, digest);
         } else if let Ok(meta) = fs::metadata(&target) {
             self.index.remember(&target, &meta, digest);
         }
         Ok(placed)
+    }
+
+    /// Gives an object that is stored again the age of a new one: its record is yet to come.
+    fn renew(&self, path: &Path, digest: Digest) {
+        let now = std::time::SystemTime::now();
+        let renewed = File::open(path).and_then(|file| {
+            file.set_modified(now)?;
+            file.metadata()
+        });
+        if let Ok(meta) = renewed {
+            self.index.remember(path, &meta, digest);
+        }
     }
 
     /// Checks that an object is there and holds what its name says; memoised.

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use contract::Progress;
 
-use super::{CommandError, Context, Project, remote};
+use super::{CommandError, Context, Project, cache, remote};
 use crate::cache::Cache;
 use crate::display::{Mode, RunDisplay, Trace};
 use crate::event::Event;
@@ -40,6 +40,10 @@ pub(super) struct Args {
     /// Show the stages' log lines, and those of reused stages while their logs are kept
     #[arg(long)]
     logs: bool,
+    /// Size above which the cache is collected once a day after a run, or `off`
+    /// [default: `PIPE_CACHE_CAP`, else 200GiB]
+    #[arg(long, value_name = "SIZE", value_parser = cache::parse_cap)]
+    cache_cap: Option<cache::Cap>,
     /// Write a Chrome trace of the run to a file, for Perfetto
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
@@ -56,6 +60,7 @@ impl Args {
             jobs,
             keep_going,
             logs: false,
+            cache_cap: None,
             trace: None,
         }
     }
@@ -72,6 +77,7 @@ pub(super) fn execute(
     interrupts: Arc<AtomicUsize>,
 ) -> Result<u8, CommandError> {
     let mut project = context.project()?;
+    let cap = args.cache_cap.map_or_else(cache::cap_of_environment, |cap| Ok(cap.0))?;
     let selection = project.pipeline.select(&args.names)?;
     let options = plan_options(&project, args, &selection)?;
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
@@ -118,6 +124,9 @@ pub(super) fn execute(
     let summary = summary?;
     log.finish().iter().for_each(|record| project.cache.put_run(record));
     project.lock = lock;
+    if summary.ran > 0 {
+        cache::collect_after_run(&project.cache, cap);
+    }
     Ok(match summary {
         summary if summary.interrupted => exit_code::INTERRUPTED,
         summary if summary.failed > 0 => exit_code::STAGE_FAILED,

@@ -183,6 +183,14 @@ fn attempt(
     let process = StageProcess::start(job.stage, &request_path, &job.log)?;
     let name = &job.stage.name;
     let _ = sender.send(Message::Started { stage: name.clone(), stopper: process.stopper() });
+    if let Some(days) = planner.cache.missed(job.identity.fingerprint()) {
+        let message = format!(
+            "gc removed what this made {days} days ago, and it is needed again: raise the cap \
+             (`--cache-cap`, PIPE_CACHE_CAP), or pin it"
+        );
+        let progress = contract::Progress::Warning { message };
+        let _ = sender.send(Message::Progress { stage: name.clone(), progress });
+    }
     let outcome = process.wait(&request, |progress| {
         let _ = sender.send(Message::Progress { stage: name.clone(), progress });
     })?;

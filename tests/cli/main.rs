@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "tests")]
 
+mod cache;
 mod caching;
 mod commands;
 mod comparisons;

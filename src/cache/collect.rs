@@ -1,0 +1,263 @@
+//! Garbage collection: what no pipeline reaches goes, the longest unused first.
+//!
+//! Safe beside running stages: a run touches the record that it reuses (see [`Cache::keep`]), and
+//! nothing that was made or touched within [`GRACE`] is removed; records go before the objects that
+//! only they need, which are looked up afterwards.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use serde::Serialize;
+
+use super::survey::{Kept, bytes_below, files_at};
+use super::{Acquired, Cache, CacheError, durable, unix_seconds};
+use crate::digest::{Digest, Fingerprint};
+use crate::record::Record;
+
+/// What is younger than this stays, whatever else holds.
+pub const GRACE: Duration = Duration::from_secs(3600);
+/// A run looks at the size of the cache this often at most.
+const INTERVAL: Duration = Duration::from_secs(24 * 3600);
+/// Unpublished work, checkpoints of killed runs, and what was damaged stay this long.
+const LEFTOVERS: Duration = Duration::from_secs(14 * 24 * 3600);
+/// The cap where nobody says otherwise.
+pub const DEFAULT_CAP: u64 = 200 << 30;
+
+/// What may go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GcOptions {
+    /// Records not used for so long go, whatever the size.
+    pub older_than: Option<Duration>,
+    /// Records go, the longest unused first, until no more than so many bytes are left.
+    pub max_bytes: Option<u64>,
+    /// Says what would go and removes nothing.
+    pub dry_run: bool,
+}
+
+/// What went, or would.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Collected {
+    /// Records removed: stage, and what its record is called.
+    pub records: Vec<(String, String)>,
+    /// Objects removed.
+    pub objects: usize,
+    /// Other files and folders removed: scratch, logs, working files, quarantine.
+    pub leftovers: usize,
+    /// Bytes of all that.
+    pub bytes: u64,
+    /// Bytes of the objects that are left.
+    pub bytes_left: u64,
+}
+
+fn age(time: SystemTime) -> Duration {
+    SystemTime::now().duration_since(time).unwrap_or_default()
+}
+
+fn modified(path: &Path) -> Option<SystemTime> {
+    fs::metadata(path).and_then(|m| m.modified()).ok()
+}
+
+impl Cache {
+    /// Marks a record as in use; false where it has been removed since it was read.
+    pub fn keep(&self, record: &Record) -> bool {
+        let path = self.record_path(&record.identity.kind, record.fingerprint);
+        let Ok(meta) = fs::metadata(&path) else { return false };
+        if meta.modified().is_ok_and(|used| age(used) < GRACE / 2) {
+            return true;
+        }
+        // Where the record is another user's, or the cache can only be read, it is left as it is.
+        let now = SystemTime::now();
+        let touched = fs::File::open(&path).and_then(|file| file.set_modified(now));
+        touched.is_ok() || path.exists()
+    }
+
+    /// Days since gc removed the record of a fingerprint that is needed now; counts that.
+    pub fn missed(&self, fingerprint: Fingerprint) -> Option<u64> {
+        let path = self.evicted_path(fingerprint);
+        let evicted: u64 = fs::read_to_string(&path).ok()?.trim().parse().ok()?;
+        let needed = self.root.join("evicted-needed").join(fingerprint.to_hex());
+        let moved = durable::create_parent(&needed).and_then(|()| fs::rename(&path, &needed));
+        if let Err(error) = moved {
+            tracing::debug!(%error, "could not count an eviction that was needed");
+        }
+        Some(unix_seconds().saturating_sub(evicted) / 86_400)
+    }
+
+    /// How often something was needed again after gc had removed it.
+    ///
+    /// # Errors
+    /// [`CacheError`] where the folder cannot be listed.
+    pub fn missed_count(&self) -> Result<usize, CacheError> {
+        Ok(files_at(&self.root.join("evicted-needed"), 1)?.len())
+    }
+
+    fn evicted_path(&self, fingerprint: Fingerprint) -> PathBuf {
+        self.root.join("evicted").join(fingerprint.to_hex())
+    }
+
+    /// Collects where the last look is more than a day ago and the cache is larger than `cap`.
+    ///
+    /// # Errors
+    /// [`CacheError`] as [`Cache::collect`].
+    pub fn collect_if_due(&self, cap: u64) -> Result<Option<Collected>, CacheError> {
+        let stamp = self.root.join("gc-stamp");
+        if modified(&stamp).is_some_and(|looked| age(looked) < INTERVAL) {
+            return Ok(None);
+        }
+        durable::replace(&self.tmp_dir(), &stamp, b"")
+            .map_err(|e| CacheError::io("write", &stamp, e))?;
+        let options = GcOptions { older_than: None, max_bytes: Some(cap), dry_run: false };
+        self.collect(options).map(Some)
+    }
+
+    /// Removes what `options` allow and no pipeline, pin or running stage needs.
+    ///
+    /// # Errors
+    /// [`CacheError`] where a folder cannot be listed or a file not removed.
+    pub fn collect(&self, options: GcOptions) -> Result<Collected, CacheError> {
+        let mut collected = Collected::default();
+        let gone = self.collect_records(options, &mut collected)?;
+        self.collect_objects(options, &gone, &mut collected)?;
+        self.collect_leftovers(options, &gone, &mut collected)?;
+        Ok(collected)
+    }
+
+    fn collect_records(
+        &self,
+        options: GcOptions,
+        collected: &mut Collected,
+    ) -> Result<BTreeSet<Fingerprint>, CacheError> {
+        let (roots, pins) = (self.roots()?, self.pins()?);
+        let mut kept = self.kept()?;
+        kept.sort_by_key(|k| k.used);
+        let (mut references, mut bytes) = (std::collections::BTreeMap::new(), 0u64);
+        let held: std::collections::BTreeMap<Digest, u64> =
+            self.held()?.iter().filter_map(|o| Some((o.digest?, o.bytes))).collect();
+        for record in kept.iter().filter_map(|k| k.record.as_ref().ok()) {
+            for digest in self.needed(record).into_keys() {
+                let count = references.entry(digest).or_insert(0usize);
+                *count += 1;
+                bytes += if *count == 1 { held.get(&digest).copied().unwrap_or(0) } else { 0 };
+            }
+        }
+        let mut gone = BTreeSet::new();
+        for Kept { path, used, record } in &kept {
+            let Ok(record) = record else { continue };
+            let fingerprint = record.fingerprint;
+            let old = options.older_than.is_some_and(|limit| age(*used) > limit);
+            let large = options.max_bytes.is_some_and(|limit| bytes > limit);
+            let needed = roots.contains_key(&fingerprint) || pins.contains(&fingerprint);
+            if !(old || large) || needed || age(*used) < GRACE {
+                continue;
+            }
+            let needed = self.needed(record);
+            if !options.dry_run && !self.evict(path, fingerprint)? {
+                continue;
+            }
+            for digest in needed.into_keys() {
+                let count = references.entry(digest).or_insert(1);
+                *count -= 1;
+                bytes -= if *count == 0 { held.get(&digest).copied().unwrap_or(0) } else { 0 };
+            }
+            gone.insert(fingerprint);
+            collected.records.push((record.stage.clone(), fingerprint.to_hex()));
+        }
+        Ok(gone)
+    }
+
+    /// Removes a record unless a run has touched it or works on it.
+    fn evict(&self, path: &Path, fingerprint: Fingerprint) -> Result<bool, CacheError> {
+        let Acquired::Mine(_lease) = self.lease(fingerprint)? else { return Ok(false) };
+        if modified(path).is_none_or(|used| age(used) < GRACE) {
+            return Ok(false);
+        }
+        let tombstone = self.evicted_path(fingerprint);
+        let text = unix_seconds().to_string();
+        durable::replace(&self.tmp_dir(), &tombstone, text.as_bytes())
+            .map_err(|e| CacheError::io("write", &tombstone, e))?;
+        fs::remove_file(path).map_err(|e| CacheError::io("remove", path, e))?;
+        Ok(true)
+    }
+
+    fn collect_objects(
+        &self,
+        options: GcOptions,
+        gone: &BTreeSet<Fingerprint>,
+        collected: &mut Collected,
+    ) -> Result<(), CacheError> {
+        let mut needed = BTreeSet::new();
+        for kept in self.kept()? {
+            match kept.record {
+                Ok(record) if gone.contains(&record.fingerprint) => {}
+                Ok(record) => needed.extend(self.needed(&record).into_keys()),
+                // What a damaged record needs is not known.
+                Err(_) => {}
+            }
+        }
+        for object in self.held()? {
+            let unneeded = object.digest.is_none_or(|digest| !needed.contains(&digest));
+            if !unneeded || age(object.stored) < GRACE {
+                collected.bytes_left += object.bytes;
+                continue;
+            }
+            collected.objects += 1;
+            collected.bytes += object.bytes;
+            remove(&object.path, options)?;
+        }
+        Ok(())
+    }
+
+    fn collect_leftovers(
+        &self,
+        options: GcOptions,
+        gone: &BTreeSet<Fingerprint>,
+        collected: &mut Collected,
+    ) -> Result<(), CacheError> {
+        let mut old = Vec::new();
+        for folder in ["tmp", "scratch", "logs", "quarantine", "listings-v1", "evicted"] {
+            old.extend(files_at(&self.root.join(folder), 1)?);
+        }
+        for path in old {
+            let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            let fingerprint: Option<Fingerprint> = name.parse().ok();
+            let is_log = path.parent().is_some_and(|p| p.ends_with("logs"));
+            let orphaned = is_log && fingerprint.is_some_and(|f| gone.contains(&f));
+            // The log of a record lives as long as the record.
+            let is_kept = is_log && fingerprint.is_some();
+            let left_behind = !is_kept && newest(&path).is_some_and(|time| age(time) > LEFTOVERS);
+            if orphaned || left_behind {
+                collected.leftovers += 1;
+                collected.bytes += bytes_below(&path);
+                remove(&path, options)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The newest time of anything below a path.
+fn newest(path: &Path) -> Option<SystemTime> {
+    let own = fs::symlink_metadata(path).ok()?;
+    let mut time = own.modified().ok()?;
+    if own.is_dir() {
+        for entry in fs::read_dir(path).ok()?.flatten() {
+            time = time.max(newest(&entry.path())?);
+        }
+    }
+    Some(time)
+}
+
+fn remove(path: &Path, options: GcOptions) -> Result<(), CacheError> {
+    if options.dry_run {
+        return Ok(());
+    }
+    let removed = if path.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) };
+    match removed {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+            Err(CacheError::io("remove", path, e))
+        }
+        _ => Ok(()),
+    }
+}

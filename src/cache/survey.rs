@@ -1,0 +1,288 @@
+//! Looking at a whole cache: every record and object, what is damaged, what takes the room.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+use contract::OutputForm;
+use serde::Serialize;
+
+use super::object::hash;
+use super::{Cache, CacheError, Last};
+use crate::digest::{Digest, Fingerprint};
+use crate::record::Record;
+
+/// A record file as it lies there.
+#[derive(Clone, Debug)]
+pub struct Kept {
+    /// Where.
+    pub path: PathBuf,
+    /// When it was made or last reused, to the hour.
+    pub used: SystemTime,
+    /// What it says, or what is wrong with it.
+    pub record: Result<Record, String>,
+}
+
+/// An object file as it lies there.
+#[derive(Clone, Debug)]
+pub struct Held {
+    /// Where.
+    pub path: PathBuf,
+    /// What its name says.
+    pub digest: Option<Digest>,
+    /// Size in bytes.
+    pub bytes: u64,
+    /// When it was stored.
+    pub stored: SystemTime,
+}
+
+/// Something in a cache that is not as it should be.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Damage {
+    /// File, below the cache.
+    pub file: String,
+    /// What is wrong, for people.
+    pub what: String,
+    /// It was moved to the quarantine.
+    pub quarantined: bool,
+}
+
+/// What a verification found.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Verified {
+    /// Records looked at.
+    pub records: usize,
+    /// Objects read.
+    pub objects: usize,
+    /// Bytes of these.
+    pub bytes: u64,
+    /// What is wrong.
+    pub damage: Vec<Damage>,
+}
+
+/// Files below a folder that are `depth` levels down; a folder that is not there has none.
+pub(super) fn files_at(root: &Path, depth: usize) -> Result<Vec<PathBuf>, CacheError> {
+    let entries = match fs::read_dir(root) {
+        Ok(entries) => entries,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(e) => return Err(CacheError::io("list", root, e)),
+    };
+    let mut paths = Vec::new();
+    for entry in entries {
+        paths.push(entry.map_err(|e| CacheError::io("list", root, e))?.path());
+    }
+    paths.sort();
+    if depth == 1 {
+        return Ok(paths);
+    }
+    let mut found = Vec::new();
+    for path in paths.iter().filter(|p| p.is_dir()) {
+        found.extend(files_at(path, depth - 1)?);
+    }
+    Ok(found)
+}
+
+/// Bytes of every file below a path, each inode once.
+pub(super) fn bytes_below(path: &Path) -> u64 {
+    let (mut open, mut seen, mut bytes) = (vec![path.to_owned()], BTreeSet::new(), 0);
+    while let Some(path) = open.pop() {
+        let Ok(meta) = fs::symlink_metadata(&path) else { continue };
+        if meta.is_dir() {
+            open.extend(fs::read_dir(&path).into_iter().flatten().flatten().map(|e| e.path()));
+        } else if seen.insert((meta.dev(), meta.ino())) {
+            bytes += meta.len();
+        }
+    }
+    bytes
+}
+
+impl Cache {
+    /// Every record file, damaged ones included.
+    ///
+    /// # Errors
+    /// [`CacheError`] where a folder cannot be listed.
+    pub fn kept(&self) -> Result<Vec<Kept>, CacheError> {
+        let files = files_at(&self.root.join("records-v1"), 2)?;
+        let kept = |path: PathBuf| {
+            // Gone since it was listed.
+            let used = fs::metadata(&path).and_then(|m| m.modified()).ok()?;
+            let record = sound_record(&path);
+            Some(Kept { path, used, record })
+        };
+        Ok(files.into_iter().filter_map(kept).collect())
+    }
+
+    /// Every object file.
+    ///
+    /// # Errors
+    /// [`CacheError`] where a folder cannot be listed.
+    pub fn held(&self) -> Result<Vec<Held>, CacheError> {
+        let files = files_at(&self.root.join("objects-v1"), 2)?;
+        let held = |path: PathBuf| {
+            let meta = fs::metadata(&path).ok()?;
+            let prefix = path.parent()?.file_name()?.to_str()?;
+            let digest = format!("{prefix}{}", path.file_name()?.to_str()?).parse().ok();
+            let stored = meta.modified().unwrap_or(SystemTime::UNIX_EPOCH);
+            Some(Held { digest, bytes: meta.len(), stored, path })
+        };
+        Ok(files.into_iter().filter_map(held).collect())
+    }
+
+    /// The objects that a record needs, with their sizes: outputs, and the files of trees.
+    pub fn needed(&self, record: &Record) -> BTreeMap<Digest, Option<u64>> {
+        let mut needed = BTreeMap::new();
+        for output in record.outputs.values() {
+            if output.form == OutputForm::File {
+                needed.insert(output.digest, Some(output.bytes));
+                continue;
+            }
+            needed.insert(output.digest, None);
+            for entry in self.tree(output.digest).unwrap_or_default() {
+                needed.insert(entry.digest, Some(entry.bytes));
+            }
+        }
+        needed
+    }
+
+    /// Reads every record and object and says what is not what its name says. With `repair` damaged
+    /// files, and records that lack an object, are moved to the quarantine, so that the next run
+    /// makes them anew. Calls `progress` with bytes done and all bytes.
+    ///
+    /// # Errors
+    /// [`CacheError`] where a folder cannot be listed.
+    pub fn verify_all(
+        &self,
+        repair: bool,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<Verified, CacheError> {
+        let (kept, held) = (self.kept()?, self.held()?);
+        let mut verified =
+            Verified { records: kept.len(), objects: held.len(), ..Verified::default() };
+        let mut report = |path: &Path, what: String| {
+            if repair {
+                self.quarantine(path);
+            }
+            let file = path.strip_prefix(&self.root).unwrap_or(path).display().to_string();
+            verified.damage.push(Damage { file, what, quarantined: repair && !path.exists() });
+        };
+        let total = held.iter().map(|o| o.bytes).sum();
+        let (mut sound, mut done) = (BTreeMap::new(), 0);
+        for object in &held {
+            match wrong_with(object) {
+                Some(what) => report(&object.path, what),
+                None => sound.extend(object.digest.map(|digest| (digest, object.bytes))),
+            }
+            done += object.bytes;
+            progress(done, total);
+        }
+        for kept in &kept {
+            let what = match &kept.record {
+                Err(what) => Some(what.clone()),
+                Ok(record) => self.lacks(record, &sound),
+            };
+            if let Some(what) = what {
+                report(&kept.path, what);
+            }
+        }
+        verified.bytes = total;
+        Ok(verified)
+    }
+
+    /// What of a record is not among the sound objects.
+    fn lacks(&self, record: &Record, sound: &BTreeMap<Digest, u64>) -> Option<String> {
+        let lacks = |(digest, bytes): (&Digest, &Option<u64>)| match sound.get(digest) {
+            None => Some(format!("object {} of it is missing or damaged", digest.short())),
+            Some(found) if bytes.is_some_and(|b| b != *found) => {
+                Some(format!("object {} of it has another size", digest.short()))
+            }
+            Some(_) => None,
+        };
+        let what = self.needed(record).iter().find_map(lacks)?;
+        Some(format!("stage `{}`: {what}", record.stage))
+    }
+
+    /// The records that pipelines last ran as or reused: those that gc leaves alone.
+    ///
+    /// # Errors
+    /// [`CacheError`] where a folder cannot be listed.
+    pub fn roots(&self) -> Result<BTreeMap<Fingerprint, BTreeSet<String>>, CacheError> {
+        let mut roots: BTreeMap<Fingerprint, BTreeSet<String>> = BTreeMap::new();
+        for path in files_at(&self.root.join("last"), 2)? {
+            let last = fs::read(&path).ok().and_then(|t| serde_json::from_slice::<Last>(&t).ok());
+            let pipeline = path.parent().and_then(Path::file_name);
+            if let (Some(last), Some(pipeline)) = (last, pipeline) {
+                let pipeline = pipeline.to_string_lossy().into_owned();
+                roots.entry(last.fingerprint).or_default().insert(pipeline);
+            }
+        }
+        Ok(roots)
+    }
+
+    /// Bytes of what is neither an object nor a record, by folder.
+    pub fn folders(&self) -> BTreeMap<String, u64> {
+        let names = ["scratch", "logs", "tmp", "quarantine", "listings-v1", "runs"];
+        let bytes = |name: &str| (name.to_owned(), bytes_below(&self.root.join(name)));
+        names.into_iter().map(bytes).collect()
+    }
+
+    /// Fingerprints that the user pinned.
+    ///
+    /// # Errors
+    /// [`CacheError`] where the folder cannot be listed.
+    pub fn pins(&self) -> Result<BTreeSet<Fingerprint>, CacheError> {
+        let files = files_at(&self.root.join("pins"), 1)?;
+        let parse = |path: &PathBuf| path.file_name()?.to_str()?.parse().ok();
+        Ok(files.iter().filter_map(parse).collect())
+    }
+
+    /// Keeps a record from gc, or lets go of it again. Whether that changed anything.
+    ///
+    /// # Errors
+    /// [`CacheError`] where the cache cannot be written.
+    pub fn set_pinned(&self, fingerprint: Fingerprint, pinned: bool) -> Result<bool, CacheError> {
+        let path = self.root.join("pins").join(fingerprint.to_hex());
+        let io = |e| CacheError::io("write", &path, e);
+        if pinned {
+            super::durable::create_parent(&path).map_err(io)?;
+            return match File::options().write(true).create_new(true).open(&path) {
+                Ok(_) => Ok(true),
+                Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Ok(false),
+                Err(e) => Err(io(e)),
+            };
+        }
+        match fs::remove_file(&path) {
+            Ok(()) => Ok(true),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(e) => Err(io(e)),
+        }
+    }
+}
+
+/// The record in a file, which must be the one that its name says.
+fn sound_record(path: &Path) -> Result<Record, String> {
+    let text = fs::read(path).map_err(|e| format!("cannot be read: {e}"))?;
+    let record: Record = serde_json::from_slice(&text).map_err(|e| format!("is no record: {e}"))?;
+    let (kind, name) = (path.parent().and_then(Path::file_name), path.file_stem());
+    let hex = record.fingerprint.to_hex();
+    if name.is_none_or(|n| n != hex.as_str())
+        || kind.is_none_or(|k| k != record.identity.kind.as_str())
+        || record.identity.fingerprint() != record.fingerprint
+    {
+        return Err("is not the record that its name says".to_owned());
+    }
+    Ok(record)
+}
+
+fn wrong_with(object: &Held) -> Option<String> {
+    let Some(digest) = object.digest else {
+        return Some("is no name of an object".to_owned());
+    };
+    match File::open(&object.path).and_then(|f| hash(&f)) {
+        Ok(found) if found == digest => None,
+        Ok(_) => Some("holds other bytes than its digest says".to_owned()),
+        Err(e) => Some(format!("cannot be read: {e}")),
+    }
+}
