@@ -3,9 +3,10 @@
     python3 benches/engine.py PATH_OF_PIPE [no-op] [plan] [folder] [store] [--dir DIR] [--peers DIR] [--gib N]
 
 PATH_OF_PIPE is a release build of the engine: `cargo build --release --no-default-features --bin pipe --example
-fill_cache`; the example spares running thousands of stages to have them cached. Without names all parts are run. DIR (default: a temporary folder) is on the disk that is measured; the part `store` needs three times N GiB
-there (default 4). The peers come from PyPI and npm into `--peers` (default: a temporary folder), and are left out where
-they cannot be installed. Whatever can be timed in milliseconds is run in turns, and median and best are given.
+fill_cache`; the example spares running thousands of stages to have them cached. Without names all parts are run. DIR
+(default: a temporary folder) is on the disk that is measured; the part `store` needs twice N GiB there (default 4).
+The peers come from PyPI and npm into `--peers` (default: a temporary folder), and are left out where they cannot be
+installed. Calls of a table are timed in turns; median and best are given.
 """
 import argparse
 import json
@@ -76,10 +77,10 @@ class Pipe:
         plan = subprocess.run([self.binary, "plan", "--json"], cwd=self.folder, env=self.env, capture_output=True)
         return {stage["decision"] for stage in json.loads(plan.stdout)["stages"]}
 
-    def fill(self):
+    def fill(self, stages):
         """Runs everything once, or pretends to where `fill_cache` is built, and lets file times settle."""
         filler = f"{os.path.dirname(self.binary)}/examples/fill_cache"
-        if os.path.getsize(f"{self.folder}/pipeline.yaml") > 10000 and os.path.exists(filler):
+        if stages > 100 and os.path.exists(filler):
             timed([filler, f"{self.folder}/pipeline.yaml", f"{self.folder}/cache"], self.folder, self.env)
         else:
             self("run", "-j", "8")
@@ -195,7 +196,7 @@ def versions(peers):
 def no_op(args, folder):
     pipe = Pipe(args.pipe, f"{folder}/pipe", eight_stages())
     write(f"{folder}/pipe/source.txt", "source\n")
-    pipe.fill()
+    pipe.fill(len(STAGES))
     calls = {"`/bin/true` (what starting a process costs)": lambda: timed(["/bin/true"]),
              "`pipe --version`": lambda: pipe("--version"), "`pipe run`": lambda: pipe("run"),
              "`pipe plan`": lambda: pipe("plan")}
@@ -222,13 +223,13 @@ def no_op(args, folder):
 def cached_stages(args, folder):
     rows = []
     for count in args.stages:
-        # A hundred chains; the stages of a rank run the same command, which is what they would share with nothing.
+        # A hundred chains.
         text = "stages:\n"
         for i in range(count):
             inputs = {"last": f"s{i - 100}.out"} if i >= 100 else {}
             text += stage(f"s{i}", inputs, f'echo {i} > "$PIPE_OUTPUT_OUT"')
         pipe = Pipe(args.pipe, f"{folder}/plan-{count}", text)
-        pipe.fill()
+        pipe.fill(count)
         seconds = in_turns({"plan": lambda: pipe("plan"), "run": lambda: pipe("run")}, 7)
         rows += [(f"{count:,} stages, `pipe {name}`", ms(times)) for name, times in seconds.items()]
     for side in args.fan_in:
@@ -236,7 +237,7 @@ def cached_stages(args, folder):
         made = stage("make", {}, 'echo ${i} > "$PIPE_OUTPUT_OUT"', matrix)
         taken = stage("take", {"all": "{gather: make.out}"}, 'echo ${j} > "$PIPE_OUTPUT_OUT"', matrix.replace("i:", "j:"))
         pipe = Pipe(args.pipe, f"{folder}/fan-in-{side}", f"params: {{i: -1, j: -1}}\nstages:\n{made}{taken}")
-        pipe.fill()
+        pipe.fill(2 * side)
         seconds = in_turns({"plan": lambda: pipe("plan"), "run": lambda: pipe("run")}, 5)
         rows += [(f"{side:,} stages that each read all of {side:,}, `pipe {name}`", ms(times)) for name, times in seconds.items()]
     table("Everything cached", ["", "median ms", "best ms"], rows)
@@ -253,7 +254,7 @@ def input_folder(args, folder):
             with open(f"{there}/data/{i // 1000}/{i}.txt", "w") as file:
                 file.write(f"file {i}\n")
         time.sleep(2.5)
-        pipe.fill()
+        pipe.fill(1)
         seconds = in_turns({"unchanged, `pipe plan`": lambda: pipe("plan"), "unchanged, `pipe run`": lambda: pipe("run")}, 7)
         write(f"{there}/data/0/0.txt", "changed\n")
         seconds["one file changed, `pipe plan`"] = [pipe("plan") for _ in range(5)]
@@ -263,7 +264,7 @@ def input_folder(args, folder):
                                 capture_output=True, text=True).stderr if shutil.which("strace") else ""
         read = len({line.split('"')[1] for line in opened.splitlines() if "/data/" in line and ".txt" in line})
         note = f"; files read: {read}" if opened else ""
-        rows += [(f"{count:,} files, {name}{note if 'changed,' in name and 'un' not in name else ''}", ms(times))
+        rows += [(f"{count:,} files, {name}{note if name.startswith('one') else ''}", ms(times))
                  for name, times in seconds.items()]
         shutil.rmtree(there)
     table("An input folder", ["", "median ms", "best ms"], rows)
@@ -290,7 +291,7 @@ def store(args, folder):
         return pipe("run")
 
     for i in range(args.rounds):
-        for name, call in zip(rates, (copied, lambda i=i: stored(i))):
+        for name, call in zip(rates, (copied, lambda i=i: stored(i)), strict=True):
             subprocess.run(["sync"])
             rates[name].append(size / call() / 1e6)
             shutil.rmtree(f"{folder}/store", ignore_errors=True)
