@@ -6,6 +6,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use crate::quantization::Quantization;
+use crate::variations::{Gemma2, MAX_LAYERS, Variations};
 use crate::{CheckpointError, Gguf, ModelFolder};
 
 /// Model families whose decoders differ only in the fields of [`ModelConfig`].
@@ -15,6 +16,8 @@ pub enum Family {
     Llama,
     /// Qwen2 and Qwen2.5: biases on q, k, v.
     Qwen2,
+    /// Gemma-2: see [`Variations`].
+    Gemma2,
 }
 
 /// Shape of a decoder; field names are those of transformers' `config.json`.
@@ -46,6 +49,8 @@ pub struct ModelConfig {
     pub tie_word_embeddings: bool,
     /// q, k and v have biases.
     pub qkv_bias: bool,
+    /// Where the decoder departs from Llama's.
+    pub variations: Variations,
 }
 
 /// The fields of `config.json` that matter, of transformers 4 and 5.
@@ -65,8 +70,7 @@ struct HubConfig {
     rope_parameters: Option<Value>,
     rope_scaling: Option<Value>,
     max_position_embeddings: usize,
-    #[serde(default)]
-    tie_word_embeddings: bool,
+    tie_word_embeddings: Option<bool>,
     #[serde(default)]
     attention_bias: bool,
     #[serde(default)]
@@ -75,6 +79,42 @@ struct HubConfig {
     use_sliding_window: bool,
     hidden_act: Option<String>,
     quantization_config: Option<Value>,
+}
+
+impl HubConfig {
+    /// Gemma-2's variations, whose norms are stored without the 1.
+    fn gemma2(&self, text: &[u8]) -> Result<Variations, String> {
+        let own: Gemma2 =
+            serde_json::from_slice(text).map_err(|e| format!("line {}: {e}", e.line()))?;
+        own.check_activation(self.hidden_act.as_deref())?;
+        let windows = own.windows(self.num_hidden_layers)?;
+        let variations = Variations::gemma2(self.hidden_size, 1.0, &own);
+        Ok(Variations { sliding_windows: windows, ..variations })
+    }
+}
+
+/// Gemma-2's variations from GGUF metadata; llama.cpp stores norm weights with the 1 added.
+fn gguf_gemma2(
+    gguf: &Gguf,
+    (hidden_size, layers, heads, head_dim): (usize, usize, usize, usize),
+) -> Result<Variations, CheckpointError> {
+    let float = |key: &str| gguf.f32(&format!("gemma2.{key}")).ok();
+    let window = gguf.u64("gemma2.attention.sliding_window").ok().map(|w| w as usize);
+    let default = Gemma2::default();
+    // Not in the metadata: llama.cpp knows the 27B by its 46 layers, and that it alone scales by
+    // the width of the model.
+    let scalar = if layers == 46 { hidden_size.checked_div(heads).unwrap_or(0) } else { head_dim };
+    let own = Gemma2 {
+        query_pre_attn_scalar: scalar as f32,
+        attn_logit_softcapping: float("attn_logit_softcapping").or(default.attn_logit_softcapping),
+        final_logit_softcapping: float("final_logit_softcapping")
+            .or(default.final_logit_softcapping),
+        sliding_window: window.or(default.sliding_window),
+        ..Gemma2::default()
+    };
+    let windows = own.windows(layers).map_err(|e| CheckpointError::content(gguf.path(), e))?;
+    let variations = Variations::gemma2(hidden_size, 0.0, &own);
+    Ok(Variations { sliding_windows: windows, ..variations })
 }
 
 impl ModelConfig {
@@ -97,9 +137,10 @@ impl ModelConfig {
         let family = match arch {
             "llama" => Family::Llama,
             "qwen2" => Family::Qwen2,
+            "gemma2" => Family::Gemma2,
             other => {
                 return refuse(format!(
-                    "architecture `{other}` is not supported (supported: llama, qwen2)"
+                    "architecture `{other}` is not supported (supported: llama, qwen2, gemma2)"
                 ));
             }
         };
@@ -114,6 +155,11 @@ impl ModelConfig {
         let hidden_size = number("embedding_length")?;
         let head_dim =
             number("attention.key_length").unwrap_or(hidden_size.checked_div(heads).unwrap_or(0));
+        let layers = number("block_count")?;
+        let variations = match family {
+            Family::Gemma2 => gguf_gemma2(gguf, (hidden_size, layers, heads, head_dim))?,
+            _ => Variations::default(),
+        };
         let Some(rows) = gguf.tensor("token_embd.weight").and_then(|t| t.shape.first().copied())
         else {
             return refuse("tensor `token_embd.weight` is missing".to_owned());
@@ -121,7 +167,7 @@ impl ModelConfig {
         Ok(Self {
             family,
             hidden_size,
-            num_hidden_layers: number("block_count")?,
+            num_hidden_layers: layers,
             num_attention_heads: heads,
             num_key_value_heads: number("attention.head_count_kv").unwrap_or(heads),
             head_dim,
@@ -132,6 +178,7 @@ impl ModelConfig {
             max_position_embeddings: number("context_length")?,
             tie_word_embeddings: gguf.tensor("output.weight").is_none(),
             qkv_bias: family == Family::Qwen2,
+            variations,
         })
     }
 
@@ -143,9 +190,10 @@ impl ModelConfig {
         let family = match hub.model_type.as_str() {
             "llama" => Family::Llama,
             "qwen2" => Family::Qwen2,
+            "gemma2" => Family::Gemma2,
             other => {
                 return refuse(format!(
-                    "model type `{other}` is not supported (supported: llama, qwen2)"
+                    "model type `{other}` is not supported (supported: llama, qwen2, gemma2)"
                 ));
             }
         };
@@ -157,14 +205,20 @@ impl ModelConfig {
         if kind != "default" {
             return refuse(format!("rope scaling `{kind}` is not supported"));
         }
-        if hub.mlp_bias || (hub.attention_bias && family == Family::Llama) {
+        if hub.mlp_bias || (hub.attention_bias && family != Family::Qwen2) {
             return refuse("biases on attention or feed-forward layers are not supported".into());
         }
         if hub.use_sliding_window {
             return refuse("a sliding window is not supported".to_owned());
         }
-        if hub.hidden_act.as_deref().is_some_and(|a| a != "silu") {
-            return refuse(format!("activation `{:?}` is not supported", hub.hidden_act));
+        let variations = match family {
+            Family::Gemma2 => hub.gemma2(&text).map_err(|e| CheckpointError::content(path, e))?,
+            _ => Variations::default(),
+        };
+        if let (Family::Llama | Family::Qwen2, Some(activation)) = (family, &hub.hidden_act)
+            && activation != "silu"
+        {
+            return refuse(format!("activation `{activation}` is not supported"));
         }
         if let Some(section) = &hub.quantization_config {
             Quantization::parse(section).map_err(|e| CheckpointError::content(path, e))?;
@@ -184,8 +238,9 @@ impl ModelConfig {
             rms_norm_eps: hub.rms_norm_eps,
             rope_theta: hub.rope_theta.or(theta.map(|t| t as f32)).unwrap_or(10_000.0),
             max_position_embeddings: hub.max_position_embeddings,
-            tie_word_embeddings: hub.tie_word_embeddings,
+            tie_word_embeddings: hub.tie_word_embeddings.unwrap_or(family == Family::Gemma2),
             qkv_bias: family == Family::Qwen2,
+            variations,
         })
     }
 
@@ -201,9 +256,10 @@ impl ModelConfig {
             self.max_position_embeddings,
         ];
         let sane = sizes.iter().all(|s| (1..=1 << 24).contains(s))
-            && self.num_hidden_layers <= 1 << 12
+            && self.num_hidden_layers <= MAX_LAYERS
             && self.num_attention_heads.is_multiple_of(self.num_key_value_heads)
-            && self.head_dim.is_multiple_of(2);
+            && self.head_dim.is_multiple_of(2)
+            && self.variations.sane();
         if sane {
             Ok(())
         } else {

@@ -20,6 +20,7 @@ mod shards;
 mod stored;
 mod tensors;
 mod tokenizer;
+mod variations;
 mod vocabulary;
 
 pub use chat_template::ChatTemplate;
@@ -34,4 +35,5 @@ pub use safetensors_writer::{ShardPlan, plan_shards, shard_index, write_bf16};
 pub use stored::{HalfMatrix, StoredMatrix};
 pub use tensors::{LinearWeight, Weights, gguf_name, to_f32};
 pub use tokenizer::{Encoding, Tokenizer};
+pub use variations::{Activation, Variations};
 pub use vocabulary::Vocabulary;

@@ -62,7 +62,7 @@ impl<'a> Weights<'a> {
     /// Whether a tensor is there.
     pub fn has(&self, name: &str) -> bool {
         match &self.source {
-            Source::Gguf(gguf) => gguf_name(name).is_some_and(|n| gguf.tensor(&n).is_some()),
+            Source::Gguf(gguf) => self.gguf_name(name).is_some_and(|n| gguf.tensor(&n).is_some()),
             Source::Safetensors { shards, .. } => shards.get(name).is_some(),
         }
     }
@@ -168,6 +168,17 @@ impl<'a> Weights<'a> {
         })
     }
 
+    /// llama.cpp's name of a tensor of this model: Gemma-2's second norm is not Llama's.
+    fn gguf_name(&self, name: &str) -> Option<String> {
+        let gguf = gguf_name(name)?;
+        if self.config.family == Family::Gemma2
+            && name.ends_with(".post_attention_layernorm.weight")
+        {
+            return Some(gguf.replace(".ffn_norm.", ".post_attention_norm."));
+        }
+        Some(gguf)
+    }
+
     fn load_gguf(
         &self,
         gguf: &Gguf,
@@ -176,7 +187,7 @@ impl<'a> Weights<'a> {
     ) -> Result<Vec<f32>, CheckpointError> {
         let fault = |what: String| CheckpointError::content(gguf.path(), what);
         let missing = || fault(format!("tensor `{name}` is missing"));
-        let stored = gguf_name(name).ok_or_else(missing)?;
+        let stored = self.gguf_name(name).ok_or_else(missing)?;
         let info = gguf.tensor(&stored).ok_or_else(missing)?;
         if !info.shape.iter().map(|s| *s as usize).eq(shape.iter().copied()) {
             let found = &info.shape;
@@ -294,7 +305,8 @@ pub fn gguf_name(name: &str) -> Option<String> {
         "mlp.up_proj" => "ffn_up",
         "mlp.down_proj" => "ffn_down",
         "input_layernorm" => "attn_norm",
-        "post_attention_layernorm" => "ffn_norm",
+        "post_attention_layernorm" | "pre_feedforward_layernorm" => "ffn_norm",
+        "post_feedforward_layernorm" => "post_ffw_norm",
         _ => return None,
     };
     Some(format!("blk.{layer}.{module}.{kind}"))

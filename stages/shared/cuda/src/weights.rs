@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use checkpoint::{Absmax, FloatType, LinearWeight, ModelConfig, ModelFolder, Nf4, Weights};
+use checkpoint::{Absmax, FloatType, LinearWeight, ModelConfig, ModelFolder, Nf4, Variations, Weights};
 
 use crate::adapter::{Group, first_row};
 use crate::device::{Buffer, Device, args};
@@ -120,6 +120,12 @@ impl Frozen {
         let wrong = |e: checkpoint::CheckpointError| CudaError::Input(e.to_string());
         let folder = ModelFolder::open(folder).map_err(wrong)?;
         let config = ModelConfig::read(&folder).map_err(wrong)?;
+        if config.variations != Variations::default() {
+            return Err(CudaError::Input(format!(
+                "models of the family {:?} are computed on the CPU alone so far: set `device: cpu`",
+                config.family
+            )));
+        }
         let weights = Weights::open(&folder, &config).map_err(wrong)?;
         let load = |name: &str, shape: &[usize]| weights.load(name, shape).map_err(wrong);
         let plain =

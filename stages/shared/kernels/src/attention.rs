@@ -1,13 +1,13 @@
 //! Causal attention over segments of packed rows, with grouped key and value heads.
 //!
-//! Query row i of a segment sees the keys 0..=i of the same segment. Softmax is over `scale * q·k`
-//! in f32. A row's result depends on its segment alone, and decoding one token at a time
+//! Query row i of a segment sees the keys 0..=i of the same segment, or the last `window` of them.
+//! Softmax is over `scale * q·k` in f32, where `softcap` is given over `c * tanh(scale * q·k / c)`. A row's result depends on its segment alone, and decoding one token at a time
 //! ([`decode`]) gives the same bits as the whole segment at once ([`forward`]).
 
 use rayon::prelude::*;
 
 use crate::gemm::{Into, View, gemm_serial};
-use crate::simd::{exp, max_of, multiversion, sum_by};
+use crate::simd::{exp, max_of, multiversion, sum_by, tanh};
 
 /// Query rows handled at once: bounds the scores kept, and skips most keys after the diagonal.
 const QUERY_BLOCK: usize = 128;
@@ -23,11 +23,28 @@ pub struct Shape {
     pub head_dim: usize,
     /// Factor on the scores, usually `head_dim^-0.5`.
     pub scale: f32,
+    /// Bound on the scaled scores, where there is one.
+    pub softcap: Option<f32>,
+    /// Keys that a query sees, its own position among them (at least 1), where that is limited.
+    pub window: Option<usize>,
 }
 
 impl Shape {
     fn group(&self) -> usize {
         self.heads / self.kv_heads
+    }
+
+    /// First key that any query from row `first` on sees.
+    fn first_key(&self, first: usize) -> usize {
+        self.window.map_or(0, |window| (first + 1).saturating_sub(window))
+    }
+
+    /// Caps the scores where the shape asks for it and leaves the derivatives in `slopes`, where
+    /// that is not empty; returns the factor that is left to apply.
+    fn cap(&self, scores: &mut [f32], slopes: &mut [f32]) -> f32 {
+        let Some(cap) = self.softcap else { return self.scale };
+        cap_scores(scores, self.scale / cap, cap, slopes);
+        1.0
     }
 
     fn q_width(&self) -> usize {
@@ -63,14 +80,16 @@ pub fn forward(
             let mut p = vec![0.0f32; QUERY_BLOCK.min(len) * len];
             for first in (0..len).step_by(QUERY_BLOCK) {
                 let rows = QUERY_BLOCK.min(len - first);
-                let width = first + rows;
+                let from = shape.first_key(first);
+                let (width, seen) = (first + rows - from, Seen::of(shape, first - from));
                 let queries = &q[(start + first) * shape.q_width() + head * d..];
-                scores(shape, rows, width, queries, keys, &mut p);
-                softmax(&mut p[..rows * width], width, first, shape.scale, &mut l[first..]);
+                scores(shape, rows, width, queries, &keys[from * shape.kv_width()..], &mut p);
+                let scale = shape.cap(&mut p[..rows * width], &mut []);
+                softmax(&mut p[..rows * width], width, seen, scale, &mut l[first..]);
                 let o = &mut o[first * d..];
-                let values = View::rows(values, shape.kv_width());
+                let values = View::rows(&values[from * shape.kv_width()..], shape.kv_width());
                 gemm_serial(rows, d, width, View::rows(&p, width), values, o, d, Into::Overwrite);
-                normalise(&mut o[..rows * d], &mut l[first..first + rows], &p, width, first);
+                normalise(&mut o[..rows * d], &mut l[first..first + rows], &p, width, seen);
             }
             (start, head, o, l)
         })
@@ -144,27 +163,35 @@ fn backward_task(
     let mut gq = vec![0.0f32; shape.group() * len * d];
     let block = QUERY_BLOCK.min(len) * len;
     let (mut p, mut ds) = (vec![0.0f32; block], vec![0.0f32; block]);
+    let mut slopes = vec![0.0f32; if shape.softcap.is_some() { block } else { 0 }];
     for member in 0..shape.group() {
         let head = kv * shape.group() + member;
         for first in (0..len).step_by(QUERY_BLOCK) {
             let rows = QUERY_BLOCK.min(len - first);
-            let width = first + rows;
+            let from = shape.first_key(first);
+            let (width, seen) = (first + rows - from, Seen::of(shape, first - from));
+            let (keys, values) = (&keys[from * kw..], &values[from * kw..]);
+            let (gk, gv) = (&mut gk[from * d..], &mut gv[from * d..]);
             let at = (start + first) * qw + head * d;
             let (queries, dout) = (&saved.q[at..], &dout[at..]);
             scores(shape, rows, width, queries, keys, &mut p);
             let (p, ds) = (&mut p[..rows * width], &mut ds[..rows * width]);
             let lse = &saved.lse[head * n + start + first..][..rows];
-            probabilities(p, width, first, shape.scale, lse);
+            let scale = shape.cap(p, &mut slopes);
+            probabilities(p, width, seen, scale, lse);
             let (dv_in, dout_rows) = (View::transposed(p, width), View::rows(dout, qw));
-            gemm_serial(width, d, rows, dv_in, dout_rows, &mut gv, d, Into::Accumulate);
+            gemm_serial(width, d, rows, dv_in, dout_rows, gv, d, Into::Accumulate);
             let v_t = View::transposed(values, kw);
             gemm_serial(rows, width, d, dout_rows, v_t, ds, width, Into::Overwrite);
             score_gradients(p, ds, width, shape.scale, dout, &saved.out[at..], qw, d);
+            for (x, slope) in ds.iter_mut().zip(&slopes) {
+                *x *= slope;
+            }
             let gq = &mut gq[(member * len + first) * d..];
             let (ds_rows, key_rows) = (View::rows(ds, width), View::rows(keys, kw));
             gemm_serial(rows, d, width, ds_rows, key_rows, gq, d, Into::Overwrite);
             let (ds_t, q_rows) = (View::transposed(ds, width), View::rows(queries, qw));
-            gemm_serial(width, d, rows, ds_t, q_rows, &mut gk, d, Into::Accumulate);
+            gemm_serial(width, d, rows, ds_t, q_rows, gk, d, Into::Accumulate);
         }
     }
     (gq, gk, gv)
@@ -186,13 +213,49 @@ fn scores(shape: Shape, rows: usize, width: usize, queries: &[f32], keys: &[f32]
     gemm_serial(rows, width, shape.head_dim, q, k, out, width, Into::Overwrite);
 }
 
+/// Which columns of a block of scores its rows see.
+#[derive(Clone, Copy)]
+struct Seen {
+    /// Column of the first row's own position.
+    diagonal: usize,
+    window: usize,
+}
+
+impl Seen {
+    fn of(shape: Shape, diagonal: usize) -> Self {
+        Self { diagonal, window: shape.window.unwrap_or(usize::MAX) }
+    }
+
+    #[inline(always)]
+    fn columns(self, row: usize) -> std::ops::Range<usize> {
+        let end = self.diagonal + row + 1;
+        end.saturating_sub(self.window)..end
+    }
+}
+
+multiversion! {
+/// `x = cap * tanh(factor * x)`, and `1 - tanh²` into `slopes`, where that is not empty.
+fn cap_scores(x: &mut [f32], factor: f32, cap: f32, slopes: &mut [f32]) {
+    for x in x.iter_mut() {
+        *x = tanh(*x * factor);
+    }
+    for (slope, t) in slopes.iter_mut().zip(x.iter()) {
+        *slope = 1.0 - *t * *t;
+    }
+    for x in x {
+        *x *= cap;
+    }
+}
+}
+
 multiversion! {
 /// Turns scores into unnormalised probabilities; leaves each row's maximum in `lse`.
-fn softmax(p: &mut [f32], width: usize, first: usize, scale: f32, lse: &mut [f32]) {
+fn softmax(p: &mut [f32], width: usize, seen: Seen, scale: f32, lse: &mut [f32]) {
     for (i, row) in p.chunks_exact_mut(width).enumerate() {
-        let (seen, hidden) = row.split_at_mut(first + i + 1);
-        lse[i] = exponentiate(seen, scale);
-        hidden.fill(0.0);
+        let columns = seen.columns(i);
+        lse[i] = exponentiate(&mut row[columns.clone()], scale);
+        row[..columns.start].fill(0.0);
+        row[columns.end..].fill(0.0);
     }
 }
 }
@@ -212,10 +275,10 @@ fn exponentiate(x: &mut [f32], scale: f32) -> f32 {
 
 multiversion! {
 /// Divides rows of `o` by the sums of their probabilities and completes the log-sum-exp.
-fn normalise(o: &mut [f32], lse: &mut [f32], p: &[f32], width: usize, first: usize) {
+fn normalise(o: &mut [f32], lse: &mut [f32], p: &[f32], width: usize, seen: Seen) {
     let d = o.len() / lse.len();
     for (i, row) in o.chunks_exact_mut(d).enumerate() {
-        let seen = &p[i * width..][..first + i + 1];
+        let seen = &p[i * width..][seen.columns(i)];
         let sum = sum_by(seen, seen, |a, _, acc| acc + a);
         let inverse = 1.0 / sum;
         for x in row {
@@ -228,13 +291,14 @@ fn normalise(o: &mut [f32], lse: &mut [f32], p: &[f32], width: usize, first: usi
 
 multiversion! {
 /// Turns scores into probabilities with a known log-sum-exp.
-fn probabilities(p: &mut [f32], width: usize, first: usize, scale: f32, lse: &[f32]) {
+fn probabilities(p: &mut [f32], width: usize, seen: Seen, scale: f32, lse: &[f32]) {
     for (i, row) in p.chunks_exact_mut(width).enumerate() {
-        let (seen, hidden) = row.split_at_mut(first + i + 1);
-        for x in seen {
+        let columns = seen.columns(i);
+        for x in &mut row[columns.clone()] {
             *x = exp(*x * scale - lse[i]);
         }
-        hidden.fill(0.0);
+        row[..columns.start].fill(0.0);
+        row[columns.end..].fill(0.0);
     }
 }
 }
@@ -306,31 +370,35 @@ impl KvCache {
 /// Attention of one new query row `q [heads * d]` over everything in `cache` into `out`.
 pub fn decode(shape: Shape, q: &[f32], cache: &KvCache, out: &mut [f32]) {
     let d = shape.head_dim;
-    let mut p = vec![0.0f32; cache.len];
+    let from = cache.len.checked_sub(1).map_or(0, |last| shape.first_key(last));
+    let mut p = vec![0.0f32; cache.len - from];
     for head in 0..shape.heads {
         let kv = head / shape.group();
         let keys = &cache.keys[kv * d * cache.capacity..][..d * cache.capacity];
-        let values = &cache.values[kv * d * cache.capacity..][..cache.len * d];
-        decode_head(
-            &q[head * d..][..d],
-            keys,
-            values,
-            shape.scale,
-            &mut p,
-            &mut out[head * d..][..d],
-        );
+        let values = &cache.values[kv * d * cache.capacity..][from * d..cache.len * d];
+        let (q, out) = (&q[head * d..][..d], &mut out[head * d..][..d]);
+        decode_scores(q, keys, from, &mut p);
+        let scale = shape.cap(&mut p, &mut []);
+        decode_values(values, scale, &mut p, out);
     }
 }
 
 multiversion! {
-fn decode_head(q: &[f32], keys: &[f32], values: &[f32], scale: f32, p: &mut [f32], out: &mut [f32]) {
+/// Scores of a query against the cached keys from position `from` on.
+fn decode_scores(q: &[f32], keys: &[f32], from: usize, p: &mut [f32]) {
     let capacity = keys.len() / q.len();
     p.fill(0.0);
     for (q, keys) in q.iter().zip(keys.chunks_exact(capacity)) {
-        for (p, k) in p.iter_mut().zip(keys) {
+        for (p, k) in p.iter_mut().zip(&keys[from..]) {
             *p = q.mul_add(*k, *p);
         }
     }
+}
+}
+
+multiversion! {
+/// Turns scores into probabilities and sums the values by them.
+fn decode_values(values: &[f32], scale: f32, p: &mut [f32], out: &mut [f32]) {
     exponentiate(p, scale);
     out.fill(0.0);
     for (p, value) in p.iter().zip(values.chunks_exact(out.len())) {

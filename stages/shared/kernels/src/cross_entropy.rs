@@ -3,13 +3,13 @@
 use rayon::prelude::*;
 
 use crate::gemm::{Into, View, gemm};
-use crate::simd::{exp, max_of, multiversion, sum_by};
+use crate::simd::{exp, max_of, multiversion, sum_by, tanh};
 
 /// Rows whose logits exist at once: the head is read and packed anew for every such chunk.
 const ROWS: usize = 384;
 
 /// Sum over rows of `-log softmax(hidden · headᵀ)[target]` in nats, for `hidden [rows, width]` and
-/// `head [vocabulary, width]`. With `gradient = (scale, dhidden)`, overwrites `dhidden` with the
+/// `head [vocabulary, width]`; with `softcap = c`, of the logits `c * tanh(logit / c)`. With `gradient = (scale, dhidden)`, overwrites `dhidden` with the
 /// gradient of `scale` times that sum.
 ///
 /// # Panics
@@ -19,6 +19,7 @@ pub fn linear_cross_entropy(
     head: &[f32],
     width: usize,
     targets: &[u32],
+    softcap: Option<f32>,
     gradient: Option<(f32, &mut [f32])>,
 ) -> f64 {
     let vocabulary = head.len() / width;
@@ -36,7 +37,10 @@ pub fn linear_cross_entropy(
         let losses: Vec<f64> = logits
             .par_chunks_mut(vocabulary)
             .zip(targets)
-            .map(|(row, target)| row_loss(row, *target as usize, scale))
+            .map(|(row, target)| match softcap {
+                Some(cap) => capped_row_loss(row, *target as usize, cap, scale),
+                None => row_loss(row, *target as usize, scale),
+            })
             .collect();
         sum = losses.iter().fold(sum, |sum, loss| sum + loss);
         if scale.is_some() {
@@ -47,6 +51,32 @@ pub fn linear_cross_entropy(
         }
     }
     sum
+}
+
+/// As [`row_loss`] of capped logits, whose gradient is that of the caps times `1 - tanh²`.
+fn capped_row_loss(row: &mut [f32], target: usize, cap: f32, scale: Option<f32>) -> f64 {
+    let mut slopes = vec![0.0; if scale.is_some() { row.len() } else { 0 }];
+    cap_row(row, cap, &mut slopes);
+    let loss = row_loss(row, target, scale);
+    for (x, slope) in row.iter_mut().zip(&slopes) {
+        *x *= slope;
+    }
+    loss
+}
+
+multiversion! {
+/// Caps the logits of a row and leaves the derivatives in `slopes`, where that is not empty.
+fn cap_row(row: &mut [f32], cap: f32, slopes: &mut [f32]) {
+    for x in row.iter_mut() {
+        *x = tanh(*x / cap);
+    }
+    for (slope, t) in slopes.iter_mut().zip(row.iter()) {
+        *slope = 1.0 - *t * *t;
+    }
+    for x in row {
+        *x *= cap;
+    }
+}
 }
 
 multiversion! {
@@ -73,8 +103,8 @@ fn row_loss(row: &mut [f32], target: usize, scale: Option<f32>) -> f64 {
 mod tests {
     use super::*;
 
-    #[test]
-    fn loss_and_gradient_equal_f64() {
+    /// Difference from f64 of loss and gradient, with logits up to 5 / 2 of the cap.
+    fn check(softcap: Option<f32>) {
         let (rows, width, vocabulary) = (400, 5, 40);
         let number = |i: usize, s: u64| {
             (crate::dropout::mix(s ^ ((i as u64) << 8)) >> 40) as f32 / 8_388_608.0 - 1.0
@@ -83,30 +113,46 @@ mod tests {
         let head: Vec<f32> = (0..vocabulary * width).map(|i| number(i, 2)).collect();
         let targets: Vec<u32> = (0..rows).map(|i| (i * 7 % vocabulary) as u32).collect();
         let mut dhidden = vec![0.0; hidden.len()];
-        let sum = linear_cross_entropy(&hidden, &head, width, &targets, Some((0.5, &mut dhidden)));
-        let plain = linear_cross_entropy(&hidden, &head, width, &targets, None);
+        let gradient = Some((0.5, &mut dhidden[..]));
+        let sum = linear_cross_entropy(&hidden, &head, width, &targets, softcap, gradient);
+        let plain = linear_cross_entropy(&hidden, &head, width, &targets, softcap, None);
         assert_eq!(sum.to_bits(), plain.to_bits());
         let mut expected = 0.0;
         for r in 0..rows {
-            let logits: Vec<f64> = (0..vocabulary)
+            let dots: Vec<f64> = (0..vocabulary)
                 .map(|v| {
                     (0..width)
                         .map(|c| f64::from(hidden[r * width + c]) * f64::from(head[v * width + c]))
                         .sum()
                 })
                 .collect();
+            let cap = softcap.map(f64::from);
+            let capped = |l: &f64| cap.map_or(*l, |cap| cap * (l / cap).tanh());
+            let slope = |l: f64| cap.map_or(1.0, |cap| 1.0 - (l / cap).tanh().powi(2));
+            let logits: Vec<f64> = dots.iter().map(capped).collect();
             let total: f64 = logits.iter().map(|l| l.exp()).sum();
             expected += total.ln() - logits[targets[r] as usize];
             for c in 0..width {
                 let g: f64 = (0..vocabulary)
                     .map(|v| {
                         let hit = f64::from(u8::from(v == targets[r] as usize));
-                        (logits[v].exp() / total - hit) * f64::from(head[v * width + c])
+                        let dlogit = (logits[v].exp() / total - hit) * slope(dots[v]);
+                        dlogit * f64::from(head[v * width + c])
                     })
                     .sum();
                 assert!((0.5 * g - f64::from(dhidden[r * width + c])).abs() < 1e-5);
             }
         }
         assert!((sum - expected).abs() < 1e-4, "{sum} {expected}");
+    }
+
+    #[test]
+    fn loss_and_gradient_equal_f64() {
+        check(None);
+    }
+
+    #[test]
+    fn loss_and_gradient_of_capped_logits_equal_f64() {
+        check(Some(2.0));
     }
 }

@@ -143,9 +143,33 @@ pub(crate) fn exp(x: f32) -> f32 {
     y * scale
 }
 
+/// `tanh x`: the polynomial of Cephes' `tanhf` near zero, where `1 - 2 / (e^2x + 1)` loses digits.
+#[inline(always)]
+pub(crate) fn tanh(x: f32) -> f32 {
+    let z = x * x;
+    let mut p = -5.704_988_7e-3f32;
+    p = p.mul_add(z, 2.063_908_8e-2);
+    p = p.mul_add(z, -5.373_971_4e-2);
+    p = p.mul_add(z, 1.333_144_2e-1);
+    p = p.mul_add(z, -3.333_328e-1);
+    let near = (p * z).mul_add(x, x);
+    let far = (1.0 - 2.0 / (exp(2.0 * x.abs()) + 1.0)).copysign(x);
+    if x.abs() < 0.625 { near } else { far }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn tanh_is_within_two_ulp_of_f64() {
+        for i in -20_000..20_000 {
+            let x = i as f32 / 1000.0 + 0.000_3;
+            let exact = f64::from(x).tanh();
+            let off = (f64::from(tanh(x)) - exact).abs() / exact.abs();
+            assert!(off < 2.0 * f64::from(f32::EPSILON), "{x}: {off:e}");
+        }
+    }
 
     #[test]
     fn exp_is_within_two_ulp_of_f64() {

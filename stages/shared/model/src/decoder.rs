@@ -5,7 +5,7 @@ use std::sync::OnceLock;
 
 use burn::backend::Flex;
 use burn::tensor::{Device, Tensor, TensorData};
-use checkpoint::{ModelConfig, ModelFolder, Weights};
+use checkpoint::{ModelConfig, ModelFolder, Variations, Weights};
 use kernels::rope::RopeTable;
 use rayon::prelude::*;
 
@@ -38,8 +38,13 @@ pub struct Layer {
     pub biases: Vec<Option<Tensor<1>>>,
     /// Norm before attention.
     pub input_layernorm: Tensor<1>,
-    /// Norm before the feed-forward block.
-    pub post_attention_layernorm: Tensor<1>,
+    /// Norm of the output of attention, where the family has it.
+    pub attention_output_norm: Option<Tensor<1>>,
+    /// Norm before the feed-forward block: Llama's `post_attention_layernorm`, Gemma-2's
+    /// `pre_feedforward_layernorm`.
+    pub feed_forward_norm: Tensor<1>,
+    /// Norm of the output of the feed-forward block, where the family has it.
+    pub feed_forward_output_norm: Option<Tensor<1>>,
 }
 
 impl Model {
@@ -58,6 +63,11 @@ impl Model {
             let values = weights.load(name, &[len])?;
             Ok(Tensor::from_data(TensorData::new(values, [len]), &device))
         };
+        let Variations { output_norms, norm_offset, .. } = config.variations;
+        let norm = |name: &str| -> Result<Tensor<1>, ModelError> {
+            let weight = vector(&format!("{name}.weight"), config.hidden_size)?;
+            Ok(if norm_offset == 0.0 { weight } else { weight + norm_offset })
+        };
         let (vocabulary, hidden) = (config.vocab_size, config.hidden_size);
         let layer = |index: usize| -> Result<Layer, ModelError> {
             let mut projections = Vec::new();
@@ -71,12 +81,16 @@ impl Model {
                 let bias = biased.then(|| vector(&format!("{name}.bias"), outputs)).transpose()?;
                 biases.push(bias);
             }
-            let norm = |name: &str| vector(&format!("model.layers.{index}.{name}.weight"), hidden);
+            let norm = |name: &str| norm(&format!("model.layers.{index}.{name}"));
+            let output_norm = |name: &str| output_norms.then(|| norm(name)).transpose();
+            let pre = if output_norms { "pre_feedforward" } else { "post_attention" };
             Ok(Layer {
                 projections,
                 biases,
                 input_layernorm: norm("input_layernorm")?,
-                post_attention_layernorm: norm("post_attention_layernorm")?,
+                attention_output_norm: output_norm("post_attention_layernorm")?,
+                feed_forward_norm: norm(&format!("{pre}_layernorm"))?,
+                feed_forward_output_norm: output_norm("post_feedforward_layernorm")?,
             })
         };
         let layers = (0..config.num_hidden_layers)
@@ -86,7 +100,7 @@ impl Model {
         let head = weights.has("lm_head.weight") && !config.tie_word_embeddings;
         Ok(Self {
             embed_tokens: matrix("model.embed_tokens.weight", [vocabulary, hidden])?,
-            norm: vector("model.norm.weight", hidden)?,
+            norm: norm("model.norm")?,
             lm_head: head.then(|| matrix("lm_head.weight", [vocabulary, hidden])).transpose()?,
             layers,
             config,
@@ -159,7 +173,10 @@ impl Model {
                         })
                         .collect(),
                     input_norm: Memory::of(&layer.input_layernorm),
-                    post_norm: Memory::of(&layer.post_attention_layernorm),
+                    attention_output_norm: layer.attention_output_norm.as_ref().map(Memory::of),
+                    feed_forward_norm: Memory::of(&layer.feed_forward_norm),
+                    feed_forward_output_norm: (layer.feed_forward_output_norm.as_ref())
+                        .map(Memory::of),
                 })
                 .collect(),
         }
@@ -192,7 +209,9 @@ pub(crate) struct Pinned {
 pub(crate) struct PinnedLayer {
     projections: Vec<(PinnedMatrix, Option<Memory>, usize, usize)>,
     pub(crate) input_norm: Memory,
-    pub(crate) post_norm: Memory,
+    pub(crate) attention_output_norm: Option<Memory>,
+    pub(crate) feed_forward_norm: Memory,
+    pub(crate) feed_forward_output_norm: Option<Memory>,
 }
 
 impl PinnedLayer {

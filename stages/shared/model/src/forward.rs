@@ -2,14 +2,14 @@
 
 use std::borrow::Cow;
 
-use checkpoint::ModelConfig;
+use checkpoint::{Activation, ModelConfig};
 use kernels::attention::{self, Saved, Shape};
 use kernels::gemm::{Into, Term, gemm_chain};
 use kernels::rope::RopeTable;
 use kernels::{elementwise, norm};
 
 use crate::adapter::{Adapter, DropoutKey, GROUPS};
-use crate::decoder::PinnedLayer;
+use crate::decoder::{Memory, PinnedLayer};
 use crate::dora::Gain;
 use crate::linear::{Branch, Frozen};
 
@@ -36,6 +36,8 @@ pub(crate) struct LayerState {
     pub(crate) v: Vec<f32>,
     attended: Vec<f32>,
     lse: Vec<f32>,
+    /// Outputs of attention and of the feed-forward block before their norms, where they have one.
+    outputs: [Vec<f32>; 2],
     /// Residual stream between the two blocks.
     middle: Vec<f32>,
     gate: Vec<f32>,
@@ -48,10 +50,6 @@ impl Pass<'_> {
     /// Positions restart at every segment.
     pub(crate) fn positions_of(cu_seqlens: &[i32]) -> Vec<u32> {
         cu_seqlens.windows(2).flat_map(|w| 0..(w[1] - w[0]) as u32).collect()
-    }
-
-    pub(crate) fn attention(&self) -> Shape {
-        attention_shape(self.config)
     }
 
     fn branch(&self, layer: usize, group: usize) -> Option<Branch<'_>> {
@@ -144,21 +142,25 @@ impl Pass<'_> {
         self.rope.rotate(&mut k, &self.positions, false);
         let mut attended = vec![0.0; q.len()];
         let mut lse = vec![0.0; n * self.config.num_attention_heads];
-        let shape = self.attention();
+        let shape = attention_shape(self.config, index);
         attention::forward(shape, &q, &k, &v, self.cu_seqlens, &mut attended, &mut lse);
         let (mut o, low_o) = self.project(weights, index, 1, &attended);
-        let mut middle = pop(&mut o);
+        let (mut middle, attention_output) =
+            normalise_output(pop(&mut o), weights.attention_output_norm.as_ref(), eps);
         elementwise::add_assign(&mut middle, &x);
-        norm::rms_norm(&middle, weights.post_norm.slice(), eps, &mut normed);
+        norm::rms_norm(&middle, weights.feed_forward_norm.slice(), eps, &mut normed);
         let (mut gate_up, low_gate) = self.project(weights, index, 2, &normed);
         let (up, gate) = (pop(&mut gate_up), pop(&mut gate_up));
         let mut activated = vec![0.0; gate.len()];
-        elementwise::swiglu(&gate, &up, &mut activated);
+        activate(self.config, &gate, &up, &mut activated);
         let (mut down, low_down) = self.project(weights, index, 3, &activated);
-        let mut out = pop(&mut down);
+        let (mut out, feed_forward_output) =
+            normalise_output(pop(&mut down), weights.feed_forward_output_norm.as_ref(), eps);
         elementwise::add_assign(&mut out, &middle);
         let low_rank = [low_qkv, low_o, low_gate, low_down];
-        let state = LayerState { input: x, q, k, v, attended, lse, middle, gate, up, low_rank };
+        let outputs = [attention_output, feed_forward_output];
+        let state =
+            LayerState { input: x, q, k, v, attended, lse, outputs, middle, gate, up, low_rank };
         (out, state)
     }
 
@@ -176,12 +178,15 @@ impl Pass<'_> {
         let eps = self.config.rms_norm_eps;
         let mut dattended = vec![0.0; state.attended.len()];
         let low = (&state.attended[..], &state.low_rank[1][..]);
-        self.project_backward(weights, (index, 1), low, &[dx], Some(&mut dattended), grad);
+        let output_norm = weights.attention_output_norm.as_ref();
+        let doutput = output_gradient(&state.outputs[0], output_norm, eps, dx);
+        self.project_backward(weights, (index, 1), low, &[&doutput], Some(&mut dattended), grad);
+        drop(doutput);
         let (mut dq, mut dk) = (vec![0.0; state.q.len()], vec![0.0; state.k.len()]);
         let mut dv = vec![0.0; state.v.len()];
         let LayerState { q, k, v, attended: out, lse, .. } = &state;
         let saved = Saved { q, k, v, out, lse };
-        let shape = self.attention();
+        let shape = attention_shape(self.config, index);
         attention::backward(shape, saved, self.cu_seqlens, &dattended, &mut dq, &mut dk, &mut dv);
         self.rope.rotate(&mut dq, &self.positions, true);
         self.rope.rotate(&mut dk, &self.positions, true);
@@ -209,13 +214,19 @@ impl Pass<'_> {
     ) {
         let eps = self.config.rms_norm_eps;
         let mut activated = vec![0.0; state.gate.len()];
-        elementwise::swiglu(&state.gate, &state.up, &mut activated);
+        activate(self.config, &state.gate, &state.up, &mut activated);
         let mut dactivated = vec![0.0; activated.len()];
         let low = (&activated[..], &state.low_rank[3][..]);
-        self.project_backward(weights, (index, 3), low, &[dx], Some(&mut dactivated), grad);
+        let output_norm = weights.feed_forward_output_norm.as_ref();
+        let doutput = output_gradient(&state.outputs[1], output_norm, eps, dx);
+        self.project_backward(weights, (index, 3), low, &[&doutput], Some(&mut dactivated), grad);
+        drop(doutput);
         let (mut dgate, mut dup) = (state.gate.clone(), state.up.clone());
-        elementwise::swiglu_backward(&mut dgate, &mut dup, &dactivated);
-        let weight = weights.post_norm.slice();
+        match self.config.variations.activation {
+            Activation::Silu => elementwise::swiglu_backward(&mut dgate, &mut dup, &dactivated),
+            Activation::GeluTanh => elementwise::geglu_backward(&mut dgate, &mut dup, &dactivated),
+        }
+        let weight = weights.feed_forward_norm.slice();
         let mut normed = vec![0.0; state.middle.len()];
         norm::rms_norm(&state.middle, weight, eps, &mut normed);
         let mut dnormed = vec![0.0; normed.len()];
@@ -226,14 +237,49 @@ impl Pass<'_> {
     }
 }
 
-/// Attention of a model.
-pub(crate) fn attention_shape(config: &ModelConfig) -> Shape {
+/// Attention of a layer.
+pub(crate) fn attention_shape(config: &ModelConfig, layer: usize) -> Shape {
     Shape {
         heads: config.num_attention_heads,
         kv_heads: config.num_key_value_heads,
         head_dim: config.head_dim,
-        scale: 1.0 / (config.head_dim as f32).sqrt(),
+        scale: config.attention_scale(),
+        softcap: config.variations.attn_logit_softcapping,
+        window: config.sliding_window(layer),
     }
+}
+
+/// `out = activation(gate) * up`.
+pub(crate) fn activate(config: &ModelConfig, gate: &[f32], up: &[f32], out: &mut [f32]) {
+    match config.variations.activation {
+        Activation::Silu => elementwise::swiglu(gate, up, out),
+        Activation::GeluTanh => elementwise::geglu(gate, up, out),
+    }
+}
+
+/// A block's output under its norm, where it has one, and what was normalised.
+pub(crate) fn normalise_output(
+    output: Vec<f32>,
+    weight: Option<&Memory>,
+    eps: f32,
+) -> (Vec<f32>, Vec<f32>) {
+    let Some(weight) = weight else { return (output, Vec::new()) };
+    let mut normed = vec![0.0; output.len()];
+    norm::rms_norm(&output, weight.slice(), eps, &mut normed);
+    (normed, output)
+}
+
+/// Gradient of a block's `output` given that of its norm's, which is the same where it has none.
+fn output_gradient<'a>(
+    output: &[f32],
+    weight: Option<&Memory>,
+    eps: f32,
+    dx: &'a [f32],
+) -> Cow<'a, [f32]> {
+    let Some(weight) = weight else { return Cow::Borrowed(dx) };
+    let mut doutput = vec![0.0; output.len()];
+    norm::rms_norm_backward(output, weight.slice(), eps, dx, &mut doutput);
+    Cow::Owned(doutput)
 }
 
 /// Rows of `table [vocabulary, width]` for `tokens`.

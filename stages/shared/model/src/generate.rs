@@ -12,7 +12,7 @@ use crate::adapter::{Adapter, GROUPS};
 use crate::decoder::{Model, Pinned, PinnedLayer};
 use crate::dora::Gain;
 use crate::error::ModelError;
-use crate::forward::{attention_shape, embed};
+use crate::forward::{activate, attention_shape, embed, normalise_output};
 use crate::linear::add_bias;
 use crate::matrix::MatrixView;
 
@@ -152,7 +152,7 @@ impl Model {
             tokens.extend(prompts[prompt].iter().map(|t| *t as i32));
             cu.push(tokens.len() as i32);
         }
-        let shape = attention_shape(&self.config);
+        let shape = attention_shape(&self.config, 0);
         let width = self.config.num_key_value_heads * self.config.head_dim;
         let mut caches: Vec<Vec<KvCache>> = vec![Vec::new(); batch.len()];
         let pass = self.pass(adapter, None, &cu);
@@ -235,7 +235,7 @@ impl Decoder<'_> {
     fn step(&self, rows: &mut [Row]) {
         let config = &self.model.config;
         let ids = rows.iter().map(|r| r.tokens[r.tokens.len() - 1] as usize);
-        let mut x = self.pinned.embed.view().embed(config.hidden_size, ids);
+        let mut x = self.model.embed(self.pinned, ids);
         let positions: Vec<u32> = rows.iter().map(|r| r.position).collect();
         for (index, weights) in self.pinned.layers.iter().enumerate() {
             self.layer(weights, index, &mut x, &positions, rows);
@@ -246,6 +246,9 @@ impl Decoder<'_> {
         let h = View::rows(&normed, config.hidden_size);
         let head = &self.packed.head;
         gemm_packed(rows.len(), h, head, &mut logits, config.vocab_size, Into::Overwrite);
+        if let Some(cap) = config.variations.final_logit_softcapping {
+            elementwise::softcap(&mut logits, cap);
+        }
         rows.par_iter_mut().zip(logits.par_chunks(config.vocab_size)).for_each(|(row, logits)| {
             row.tokens.push(elementwise::argmax(logits) as u32);
             row.position += 1;
@@ -261,7 +264,7 @@ impl Decoder<'_> {
         rows: &mut [Row],
     ) {
         let config = &self.model.config;
-        let (eps, shape) = (config.rms_norm_eps, attention_shape(config));
+        let (eps, shape) = (config.rms_norm_eps, attention_shape(config, index));
         let mut normed = vec![0.0; x.len()];
         norm::rms_norm(x, weights.input_norm.slice(), eps, &mut normed);
         let [mut q, mut k, v] = self.project(weights, index, 0, &normed);
@@ -276,13 +279,17 @@ impl Decoder<'_> {
                 attention::decode(shape, &q[i * q_width..][..q_width], &row.caches[index], out);
             },
         );
-        let [mut middle] = self.project(weights, index, 1, &attended);
+        let [output] = self.project(weights, index, 1, &attended);
+        let output_norm = weights.attention_output_norm.as_ref();
+        let (mut middle, _) = normalise_output(output, output_norm, eps);
         elementwise::add_assign(&mut middle, x);
-        norm::rms_norm(&middle, weights.post_norm.slice(), eps, &mut normed);
+        norm::rms_norm(&middle, weights.feed_forward_norm.slice(), eps, &mut normed);
         let [gate, up] = self.project(weights, index, 2, &normed);
         let mut activated = vec![0.0; gate.len()];
-        elementwise::swiglu(&gate, &up, &mut activated);
-        let [mut out] = self.project(weights, index, 3, &activated);
+        activate(config, &gate, &up, &mut activated);
+        let [output] = self.project(weights, index, 3, &activated);
+        let output_norm = weights.feed_forward_output_norm.as_ref();
+        let (mut out, _) = normalise_output(output, output_norm, eps);
         elementwise::add_assign(&mut out, &middle);
         *x = out;
     }

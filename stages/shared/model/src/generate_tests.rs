@@ -57,7 +57,7 @@ fn generated(model: &Model, adapter: &Adapter) -> Vec<Generated> {
 
 #[test]
 fn stored_weights_give_the_bits_of_decoded_ones() {
-    for family in ["llama", "qwen2"] {
+    for family in ["llama", "qwen2", "gemma2"] {
         let [stored, full] = rounded(family).map(|dir| Model::load(dir.path()).unwrap());
         assert!(matches!(stored.layers[0].projections[0], Matrix::Stored(_)));
         assert!(matches!(full.layers[0].projections[0], Matrix::Full(_)));

@@ -1,7 +1,7 @@
 //! One forward and backward pass over packed token rows.
 
 use kernels::cross_entropy::linear_cross_entropy;
-use kernels::norm;
+use kernels::{elementwise, norm};
 
 use crate::adapter::{Adapter, DropoutKey};
 use crate::decoder::{Model, Pinned};
@@ -128,11 +128,20 @@ impl Model {
         mut keep: impl FnMut(LayerState),
     ) -> Vec<f32> {
         let ids = tokens.iter().map(|t| *t as usize);
-        let mut x = pinned.embed.view().embed(self.config.hidden_size, ids);
+        let mut x = self.embed(pinned, ids);
         for (index, weights) in pinned.layers.iter().enumerate() {
             let (out, state) = pass.layer(weights, index, x);
             keep(state);
             x = out;
+        }
+        x
+    }
+
+    /// Embeddings `[n, hidden]` of tokens, scaled where the family scales them.
+    pub(crate) fn embed(&self, pinned: &Pinned, ids: impl Iterator<Item = usize>) -> Vec<f32> {
+        let mut x = pinned.embed.view().embed(self.config.hidden_size, ids);
+        if let Some(factor) = self.config.variations.embedding_scale {
+            elementwise::scale(&mut x, factor);
         }
         x
     }
@@ -148,6 +157,9 @@ impl Model {
         let head = pinned.head.view().values();
         let (h, w) = (View::rows(&normed, hidden), View::transposed(&head, hidden));
         gemm(rows, vocabulary, hidden, h, w, &mut logits, vocabulary, Into::Overwrite);
+        if let Some(cap) = self.config.variations.final_logit_softcapping {
+            elementwise::softcap(&mut logits, cap);
+        }
         logits
     }
 
@@ -165,14 +177,15 @@ impl Model {
         let mut normed = vec![0.0; rows.len()];
         norm::rms_norm(&rows, pinned.norm.slice(), eps, &mut normed);
         let head = pinned.head.view().values();
+        let cap = self.config.variations.final_logit_softcapping;
         let count = targets.ids.len() as u64;
         let Some((scale, dx)) = gradient else {
-            let sum = linear_cross_entropy(&normed, &head, hidden, &targets.ids, None);
+            let sum = linear_cross_entropy(&normed, &head, hidden, &targets.ids, cap, None);
             return Loss { sum, targets: count };
         };
         let mut dnormed = vec![0.0; rows.len()];
         let gradient = Some((scale, &mut dnormed[..]));
-        let sum = linear_cross_entropy(&normed, &head, hidden, &targets.ids, gradient);
+        let sum = linear_cross_entropy(&normed, &head, hidden, &targets.ids, cap, gradient);
         let mut drows = vec![0.0; rows.len()];
         norm::rms_norm_backward(&rows, pinned.norm.slice(), eps, &dnormed, &mut drows);
         for (position, row) in targets.positions.iter().zip(drows.chunks_exact(hidden)) {

@@ -2,8 +2,9 @@
 //!
 //! Nothing here is fused, packed or hand-derived. Tests hold the fast path against it.
 
-use burn::tensor::activation::{log_softmax, silu, softmax};
+use burn::tensor::activation::{log_softmax, silu, softmax, tanh};
 use burn::tensor::{Device, Int, Tensor, TensorData};
+use checkpoint::Activation;
 
 use crate::adapter::{Adapter, Factor, PROJECTIONS};
 use crate::decoder::{Layer, Model};
@@ -18,8 +19,8 @@ struct Twin<'a> {
     scale: f32,
     cos: Tensor<2>,
     sin: Tensor<2>,
-    /// 0 where a query may look, minus infinity elsewhere `[n, n]`.
-    mask: Tensor<2>,
+    /// By layer: 0 where a query may look, minus infinity elsewhere `[n, n]`.
+    masks: Vec<Tensor<2>>,
 }
 
 /// One factor's tensors.
@@ -120,17 +121,23 @@ impl<'a> Twin<'a> {
                 .map(|(i, j)| f(angle(i, j)))
                 .collect()
         };
-        let hidden = |i: usize, j: usize| segment[i].0 != segment[j].0 || j > i;
-        let mask: Vec<f32> = (0..n * n)
-            .map(|at| if hidden(at / n, at % n) { f32::NEG_INFINITY } else { 0.0 })
-            .collect();
+        let hidden = |i: usize, j: usize, window: usize| {
+            segment[i].0 != segment[j].0 || j > i || i - j >= window
+        };
+        let mask = |layer: usize| {
+            let window = c.sliding_window(layer).unwrap_or(usize::MAX);
+            let value = |at: usize| {
+                if hidden(at / n, at % n, window) { f32::NEG_INFINITY } else { 0.0 }
+            };
+            tensor(&(0..n * n).map(value).collect::<Vec<f32>>(), [n, n])
+        };
         Self {
             model,
             factors,
             scale: adapter.map_or(0.0, Adapter::scale),
             cos: tensor(&table(f32::cos), [n, c.head_dim]),
             sin: tensor(&table(f32::sin), [n, c.head_dim]),
-            mask: tensor(&mask, [n, n]),
+            masks: (0..c.num_hidden_layers).map(mask).collect(),
             device,
         }
     }
@@ -148,11 +155,19 @@ impl<'a> Twin<'a> {
     fn logits(&self, tokens: &[i32]) -> Tensor<2> {
         let mut x =
             self.frozen(&self.model.embed_tokens.tensor()).select(0, self.int(tokens.to_vec()));
+        let variations = &self.model.config().variations;
+        if let Some(factor) = variations.embedding_scale {
+            x = x * factor;
+        }
         for (index, layer) in self.model.layers.iter().enumerate() {
             x = self.layer(index, layer, x);
         }
         let x = self.norm(x, &self.model.norm);
-        x.matmul(self.frozen(&self.model.head().tensor()).transpose())
+        let logits = x.matmul(self.frozen(&self.model.head().tensor()).transpose());
+        match variations.final_logit_softcapping {
+            Some(cap) => tanh(logits / cap) * cap,
+            None => logits,
+        }
     }
 
     fn layer(&self, index: usize, layer: &Layer, x: Tensor<2>) -> Tensor<2> {
@@ -165,16 +180,32 @@ impl<'a> Twin<'a> {
         let v = self.heads(self.linear(index, layer, 2, h), c.num_key_value_heads);
         let group = c.num_attention_heads / c.num_key_value_heads;
         let (k, v) = (repeat_heads(k, group), repeat_heads(v, group));
-        let scores = q.matmul(k.swap_dims(1, 2)) / (c.head_dim as f32).sqrt();
-        let weights = softmax(scores + self.mask.clone().unsqueeze::<3>(), 2);
+        let mut scores = q.matmul(k.swap_dims(1, 2)) * c.attention_scale();
+        if let Some(cap) = c.variations.attn_logit_softcapping {
+            scores = tanh(scores / cap) * cap;
+        }
+        let weights = softmax(scores + self.masks[index].clone().unsqueeze::<3>(), 2);
         let [n, _] = x.dims();
         let width = c.num_attention_heads * c.head_dim;
         let attended = weights.matmul(v).swap_dims(0, 1).reshape([n, width]);
-        let x = x + self.linear(index, layer, 3, attended);
-        let h = self.norm(x.clone(), &layer.post_attention_layernorm);
+        let output = self.linear(index, layer, 3, attended);
+        let x = x + self.output_norm(output, layer.attention_output_norm.as_ref());
+        let h = self.norm(x.clone(), &layer.feed_forward_norm);
         let gate = self.linear(index, layer, 4, h.clone());
         let up = self.linear(index, layer, 5, h);
-        x + self.linear(index, layer, 6, silu(gate) * up)
+        let gate = match c.variations.activation {
+            Activation::Silu => silu(gate),
+            Activation::GeluTanh => gelu_tanh(gate),
+        };
+        let output = self.linear(index, layer, 6, gate * up);
+        x + self.output_norm(output, layer.feed_forward_output_norm.as_ref())
+    }
+
+    fn output_norm(&self, output: Tensor<2>, weight: Option<&Tensor<1>>) -> Tensor<2> {
+        match weight {
+            Some(weight) => self.norm(output, weight),
+            None => output,
+        }
     }
 
     /// `g ⊙ (x·Wᵀ + scale · (x·Aᵀ)·Bᵀ) + bias`; `g` is 1 without DoRA.
@@ -219,6 +250,13 @@ impl<'a> Twin<'a> {
         let turned = Tensor::cat(vec![high.neg(), low], 2);
         x * self.cos.clone().unsqueeze::<3>() + turned * self.sin.clone().unsqueeze::<3>()
     }
+}
+
+/// GELU by its approximation with tanh.
+fn gelu_tanh(x: Tensor<2>) -> Tensor<2> {
+    let root = (2.0 / std::f32::consts::PI).sqrt();
+    let inner = (x.clone() + x.clone().powf_scalar(3.0) * 0.044_715) * root;
+    x * 0.5 * (tanh(inner) + 1.0)
 }
 
 /// Segment and position of every token.

@@ -63,7 +63,7 @@ fn packed(expected: &Expected) -> (Vec<i32>, Vec<i32>) {
 
 #[test]
 fn fixture_tiny_models_give_transformers_logits() {
-    for family in ["llama", "qwen2"] {
+    for family in ["llama", "qwen2", "gemma2"] {
         let expected = Expected::read(&format!("tiny-models/{family}/expected.safetensors"));
         let model = Model::load(&fixtures().join(format!("tiny-models/{family}/f32"))).unwrap();
         let ids = expected.ints("input_ids");
@@ -83,7 +83,7 @@ fn fixture_nf4_checkpoints_give_transformers_logits() {
         eprintln!("skipped: PIPE_FIXTURES is not set");
         return;
     }
-    for family in ["llama", "qwen2"] {
+    for family in ["llama", "qwen2", "gemma2"] {
         let folder = fixtures().join(format!("tiny-models/{family}"));
         let expected = Expected::read(&format!("tiny-models/{family}/expected.safetensors"));
         let model = Model::load(&folder.join("nf4")).unwrap();
@@ -99,7 +99,7 @@ fn fixture_nf4_checkpoints_give_transformers_logits() {
 
 #[test]
 fn hand_written_gradients_equal_burns_autodiff() {
-    for family in ["llama", "qwen2"] {
+    for family in ["llama", "qwen2", "gemma2"] {
         let expected = Expected::read(&format!("tiny-models/{family}/expected.safetensors"));
         let model = Model::load(&fixtures().join(format!("tiny-models/{family}/f32"))).unwrap();
         let folder = fixtures().join(format!("tiny-models/{family}/adapter"));

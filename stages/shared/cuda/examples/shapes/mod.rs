@@ -1,11 +1,12 @@
 //! Shapes of known models.
 
-use checkpoint::{Family, ModelConfig};
+use checkpoint::{Family, ModelConfig, Variations};
 
 /// `qwen2.5-3b`, else SmolLM2-135M.
 pub(crate) fn shape(name: &str) -> ModelConfig {
     let qwen = ModelConfig {
         family: Family::Qwen2,
+        variations: Variations::default(),
         hidden_size: 2048,
         num_hidden_layers: 36,
         num_attention_heads: 16,
