@@ -230,9 +230,10 @@ impl ModelConfig {
             num_hidden_layers: hub.num_hidden_layers,
             num_attention_heads: hub.num_attention_heads,
             num_key_value_heads: hub.num_key_value_heads.unwrap_or(hub.num_attention_heads),
-            head_dim: hub
-                .head_dim
-                .unwrap_or(hub.hidden_size.checked_div(hub.num_attention_heads).unwrap_or(0)),
+            head_dim: hub.head_dim.unwrap_or(match family {
+                Family::Gemma2 => 256,
+                _ => hub.hidden_size.checked_div(hub.num_attention_heads).unwrap_or(0),
+            }),
             intermediate_size: hub.intermediate_size,
             vocab_size: hub.vocab_size,
             rms_norm_eps: hub.rms_norm_eps,

@@ -168,15 +168,20 @@ impl<'a> Weights<'a> {
         })
     }
 
-    /// llama.cpp's name of a tensor of this model: Gemma-2's second norm is not Llama's.
+    /// llama.cpp's name of a tensor of this model: Gemma-2 names its four norms otherwise.
     fn gguf_name(&self, name: &str) -> Option<String> {
-        let gguf = gguf_name(name)?;
-        if self.config.family == Family::Gemma2
-            && name.ends_with(".post_attention_layernorm.weight")
-        {
-            return Some(gguf.replace(".ffn_norm.", ".post_attention_norm."));
-        }
-        Some(gguf)
+        let gemma_norm = || {
+            let (layer, norm) = name.strip_prefix("model.layers.")?.split_once('.')?;
+            let norm = match norm {
+                "post_attention_layernorm.weight" => "post_attention_norm",
+                "pre_feedforward_layernorm.weight" => "ffn_norm",
+                "post_feedforward_layernorm.weight" => "post_ffw_norm",
+                _ => return None,
+            };
+            Some(format!("blk.{layer}.{norm}.weight"))
+        };
+        let own = (self.config.family == Family::Gemma2).then(gemma_norm).flatten();
+        own.or_else(|| gguf_name(name))
     }
 
     fn load_gguf(
@@ -305,8 +310,7 @@ pub fn gguf_name(name: &str) -> Option<String> {
         "mlp.up_proj" => "ffn_up",
         "mlp.down_proj" => "ffn_down",
         "input_layernorm" => "attn_norm",
-        "post_attention_layernorm" | "pre_feedforward_layernorm" => "ffn_norm",
-        "post_feedforward_layernorm" => "post_ffw_norm",
+        "post_attention_layernorm" => "ffn_norm",
         _ => return None,
     };
     Some(format!("blk.{layer}.{module}.{kind}"))

@@ -192,4 +192,42 @@ mod tests {
         let own = parse(r#"{"attn_logit_softcapping": null}"#);
         assert_eq!((own.attn_logit_softcapping, own.final_logit_softcapping), (None, Some(30.0)));
     }
+
+    const HUB: &str = r#"{"model_type": "gemma2", "hidden_size": 2304, "num_hidden_layers": 2,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
+        "intermediate_size": 9216, "vocab_size": 256000, "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0, "max_position_embeddings": 8192, "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256,
+        "sliding_window": 4096, "attn_logit_softcapping": 50.0}"#;
+
+    fn read(json: &str) -> Result<ModelConfig, crate::CheckpointError> {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("config.json"), json).unwrap();
+        ModelConfig::read(&crate::ModelFolder::Safetensors { dir: dir.path().to_owned() })
+    }
+
+    #[test]
+    fn a_config_of_transformers_4_is_read_with_its_defaults() {
+        let config = read(HUB).unwrap();
+        assert!(config.tie_word_embeddings && !config.qkv_bias);
+        let scale = config.attention_scale();
+        assert_eq!((config.head_dim, scale.to_bits()), (256, 0.0625f32.to_bits()));
+        assert_eq!((config.sliding_window(0), config.sliding_window(1)), (Some(4096), None));
+        let found = config.variations;
+        assert_eq!((found.embedding_scale, found.norm_offset), (Some(48.0), 1.0));
+        assert_eq!(found.final_logit_softcapping, Some(30.0));
+    }
+
+    #[test]
+    fn numbers_that_cannot_be_computed_with_are_refused() {
+        for (from, to) in [
+            ("\"sliding_window\": 4096", "\"sliding_window\": 0"),
+            ("\"attn_logit_softcapping\": 50.0", "\"attn_logit_softcapping\": 0"),
+            ("\"query_pre_attn_scalar\": 256", "\"query_pre_attn_scalar\": -1"),
+            ("\"num_hidden_layers\": 2", "\"num_hidden_layers\": 9000000000"),
+        ] {
+            let error = read(&HUB.replace(from, to)).unwrap_err().to_string();
+            assert!(error.contains("make no sense"), "{to}: {error}");
+        }
+    }
 }

@@ -2,7 +2,9 @@
 
 use std::path::Path;
 
-use checkpoint::{Absmax, FloatType, LinearWeight, ModelConfig, ModelFolder, Nf4, Variations, Weights};
+use checkpoint::{
+    Absmax, FloatType, LinearWeight, ModelConfig, ModelFolder, Nf4, Variations, Weights,
+};
 
 use crate::adapter::{Group, first_row};
 use crate::device::{Buffer, Device, args};

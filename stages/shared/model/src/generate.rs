@@ -233,6 +233,16 @@ struct Decoder<'a> {
 impl Decoder<'_> {
     /// Appends one token to every row.
     fn step(&self, rows: &mut [Row]) {
+        let logits = self.logits(rows);
+        let vocabulary = self.model.config.vocab_size;
+        rows.par_iter_mut().zip(logits.par_chunks(vocabulary)).for_each(|(row, logits)| {
+            row.tokens.push(elementwise::argmax(logits) as u32);
+            row.position += 1;
+        });
+    }
+
+    /// Takes every row's newest token into its caches; logits `[rows, vocabulary]` of the next.
+    fn logits(&self, rows: &mut [Row]) -> Vec<f32> {
         let config = &self.model.config;
         let ids = rows.iter().map(|r| r.tokens[r.tokens.len() - 1] as usize);
         let mut x = self.model.embed(self.pinned, ids);
@@ -249,10 +259,7 @@ impl Decoder<'_> {
         if let Some(cap) = config.variations.final_logit_softcapping {
             elementwise::softcap(&mut logits, cap);
         }
-        rows.par_iter_mut().zip(logits.par_chunks(config.vocab_size)).for_each(|(row, logits)| {
-            row.tokens.push(elementwise::argmax(logits) as u32);
-            row.position += 1;
-        });
+        logits
     }
 
     fn layer(

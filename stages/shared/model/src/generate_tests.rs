@@ -115,3 +115,40 @@ fn tokens_are_the_same_with_and_without_room_for_f32() {
     assert!(stored.packed.set(cramped).is_ok());
     assert_eq!(generated(&stored, &adapter), generated(&full, &adapter));
 }
+
+/// Of a ragged batch, with rows that end before, on and far past Gemma-2's window of 16.
+#[test]
+fn cached_decoding_gives_the_logits_of_the_full_pass() {
+    for family in ["llama", "qwen2", "gemma2"] {
+        let model = Model::load(&fixture(&format!("{family}/f32"))).unwrap();
+        let adapter = Adapter::load_peft(&fixture(&format!("{family}/adapter")), &model).unwrap();
+        let prompts = [vec![5], vec![9; 15], (0..60).map(|i| i * 7 % 500).collect::<Vec<u32>>()];
+        let options = GenerateOptions { max_new_tokens: 24, end_tokens: vec![], batch_size: 3 };
+        for adapter in [None, Some(&adapter)] {
+            let pinned = model.pin();
+            let packed = PackedWeights::new(&model, &pinned);
+            let packed_adapter = adapter.map(|a| PackedAdapter::new(&model, a));
+            let decoder = Decoder {
+                model: &model,
+                pinned: &pinned,
+                packed: &packed,
+                adapter: packed_adapter.as_ref(),
+            };
+            let mut rows = model.prefill(adapter, &pinned, &prompts, &[0, 1, 2], &options);
+            for step in 1..options.max_new_tokens {
+                let cached = decoder.logits(&mut rows);
+                for (row, cached) in rows.iter_mut().zip(cached.chunks(model.config.vocab_size)) {
+                    let seen = prompts[row.prompt].iter().chain(&row.tokens);
+                    let seen: Vec<i32> = seen.map(|t| *t as i32).collect();
+                    let full = model.logits(adapter, &seen, &[0, seen.len() as i32]).unwrap();
+                    let full = &full[full.len() - cached.len()..];
+                    let off = cached.iter().zip(full).map(|(a, b)| (a - b).abs());
+                    let off = off.fold(0.0, f32::max);
+                    assert!(off < 1e-4, "{family}, prompt {}, step {step}: {off}", row.prompt);
+                    row.tokens.push(elementwise::argmax(cached) as u32);
+                    row.position += 1;
+                }
+            }
+        }
+    }
+}
