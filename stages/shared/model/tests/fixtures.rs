@@ -127,10 +127,10 @@ fn hand_written_gradients_equal_burns_autodiff() {
     }
 }
 
-/// A tiny model with its adapter and the packed row of its reference.
+/// A tiny model in four bits, which the reference trains on, with its adapter and the packed row.
 fn training(family: &str) -> (Model, Adapter, Expected) {
     let folder = fixtures().join(format!("tiny-models/{family}"));
-    let model = Model::load(&folder.join("f32")).unwrap();
+    let model = Model::load(&folder.join("nf4")).unwrap();
     let adapter = Adapter::load_peft(&folder.join("adapter"), &model).unwrap();
     (model, adapter, Expected::read(&format!("tiny-models/{family}/expected.safetensors")))
 }
@@ -141,6 +141,11 @@ fn norm(x: impl IntoIterator<Item = f32>) -> f64 {
 
 #[test]
 fn fixture_loss_and_gradients_are_those_of_peft() {
+    // The repository's copy holds no quantised checkpoint.
+    if std::env::var_os("PIPE_FIXTURES").is_none() {
+        eprintln!("skipped: PIPE_FIXTURES is not set");
+        return;
+    }
     for family in ["llama", "qwen2", "gemma2"] {
         let (model, adapter, expected) = training(family);
         let (cu, targets) = packed(&expected);
@@ -168,7 +173,10 @@ fn fixture_loss_and_gradients_are_those_of_peft() {
 #[test]
 fn packed_rows_have_the_losses_of_their_segments_alone() {
     for family in ["llama", "qwen2", "gemma2"] {
-        let (model, adapter, expected) = training(family);
+        let expected = Expected::read(&format!("tiny-models/{family}/expected.safetensors"));
+        let folder = fixtures().join(format!("tiny-models/{family}"));
+        let model = Model::load(&folder.join("f32")).unwrap();
+        let adapter = Adapter::load_peft(&folder.join("adapter"), &model).unwrap();
         let (cu, targets) = packed(&expected);
         let ids = expected.ints("input_ids")[..targets.len()].to_vec();
         for position in (0..targets.len()).filter(|p| targets[*p] != -100) {
@@ -202,6 +210,11 @@ fn adamw(values: &mut [f32], grad: &[f32], moments: &mut [[f64; 2]], step: i32, 
 
 #[test]
 fn fixture_ten_steps_of_adamw_follow_torch() {
+    // The repository's copy holds no quantised checkpoint.
+    if std::env::var_os("PIPE_FIXTURES").is_none() {
+        eprintln!("skipped: PIPE_FIXTURES is not set");
+        return;
+    }
     for family in ["llama", "qwen2", "gemma2"] {
         let (model, mut adapter, expected) = training(family);
         let file = SafeTensors::deserialize(&expected.0).unwrap();
