@@ -55,7 +55,6 @@ pub struct ModelConfig {
 
 /// The fields of `config.json` that matter, of transformers 4 and 5.
 #[derive(Deserialize)]
-#[expect(clippy::struct_excessive_bools, reason = "the fields of a file that is not ours")]
 struct HubConfig {
     model_type: String,
     hidden_size: usize,
