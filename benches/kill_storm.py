@@ -1,12 +1,12 @@
 """Kills runs of a small fast pipeline at random moments, and looks at what is left.
 
-    python3 benches/kill_storm.py PIPE [TRIALS]
+    python3 benches/kill_storm.py PIPE [TRIALS [SECONDS]]
 
 Each trial runs five stages of kind `command` with an input of its own, sends SIGKILL to the parent, to a
 stage process, or to the whole group after a random time, and runs again without one. Then every stage's
 artifact must hold what it should, every record that was there after the kill must have been reused, and
 nobody has removed a lock. At the end `pipe cache verify` reads the whole cache. One cache serves all
-trials. Exit code 1 where anything is wrong.
+trials; after SECONDS no further trial begins. Exit code 1 where anything is wrong.
 """
 
 import json
@@ -62,6 +62,7 @@ def object_of(cache, stage):
 
 def main():
     pipe, trials = os.path.abspath(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 10_000
+    limit = float(sys.argv[3]) if len(sys.argv) > 3 else float("inf")
     random.seed(1)
     counts = dict.fromkeys(["killed while running", "had finished", "records reused", "corrupt",
                             "lost", "failed", "left processes"], 0)
@@ -77,6 +78,9 @@ def main():
         longest, known = 1.1 * (time.monotonic() - start), len(os.listdir(records))
         start = time.monotonic()
         for trial in range(trials):
+            if time.monotonic() - start > limit:
+                trials = trial
+                break
             command = [pipe, "--json", "run", "--set", f"value={trial}"]
             run = subprocess.Popen(command, start_new_session=True, env=environment, **quiet)
             time.sleep(random.uniform(0, longest))
