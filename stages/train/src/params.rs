@@ -92,6 +92,8 @@ pub(crate) enum Activations {
     Keep,
     /// Each layer's input; layers run forward twice.
     Recompute,
+    /// As `recompute`, with the inputs in pinned memory of the host.
+    Offload,
 }
 
 impl Default for Params {
@@ -274,7 +276,9 @@ mod tests {
         let identity = |v: Value| Params::parse(&v).unwrap().identity();
         let base = identity(json!({}));
         assert_eq!(base, identity(json!({"checkpoint_steps": 3, "spike": null})));
-        assert_eq!(base, identity(json!({"activations": "recompute"})));
+        for activations in ["keep", "recompute", "offload"] {
+            assert_eq!(base, identity(json!({"activations": activations})));
+        }
         assert_eq!(identity(json!({"device": "cuda"})), identity(json!({"device": "cuda:0"})));
         assert_ne!(base, identity(json!({"eval_steps": 3})));
     }

@@ -1,6 +1,6 @@
 //! Checks the training step against the CPU's and times it:
 //! `step check FOLDER...` (folders with `f32`, `nf4` and `adapter`) or
-//! `step time SHAPE keep|recompute STEPS` (SHAPE: qwen2.5-3b, smollm2-135m).
+//! `step time SHAPE keep|recompute|offload STEPS` (SHAPE: qwen2.5-3b, smollm2-135m).
 #![allow(clippy::print_stdout, clippy::unwrap_used, reason = "an example")]
 
 use std::path::Path;
@@ -45,7 +45,7 @@ fn check(folder: &Path, weights: &str) {
     let loss = model.loss_and_grad(&adapter, batch, 0.25, None, &mut expected).unwrap().sum;
     for dtype in [Dtype::F32, Dtype::Bf16] {
         let mut bits: Option<Vec<u32>> = None;
-        for activations in [Activations::Keep, Activations::Recompute] {
+        for activations in [Activations::Keep, Activations::Recompute, Activations::Offload] {
             let device = Device::open(0, dtype).unwrap();
             let frozen = Frozen::load(&device, &folder.join(weights)).unwrap();
             let lora = Lora::new(&device, &config, &adapter).unwrap();
@@ -81,8 +81,11 @@ fn check(folder: &Path, weights: &str) {
 fn time(name: &str, activations: &str, steps: usize) {
     let start = Instant::now();
     let config = shapes::shape(name);
-    let keep = activations == "keep";
-    let activations = if keep { Activations::Keep } else { Activations::Recompute };
+    let activations = match activations {
+        "keep" => Activations::Keep,
+        "recompute" => Activations::Recompute,
+        _ => Activations::Offload,
+    };
     let device = Device::open(0, Dtype::Bf16).unwrap();
     let frozen = Frozen::random(&device, config.clone(), 1).unwrap();
     let adapter = Adapter::fresh(&config, &LoraConfig::default(), 1).unwrap();
@@ -122,7 +125,7 @@ fn time(name: &str, activations: &str, steps: usize) {
         for _ in 0..accumulation {
             step.run(&device, &frozen, &lora, batch, 1.0 / (n * accumulation) as f32).unwrap();
         }
-        optimizer.collect(&device, &lora).unwrap();
+        optimizer.collect(&device, &lora, 1.0).unwrap();
         optimizer.update(&device, &lora, 2e-4).unwrap();
         let loss = step.take_loss(&device).unwrap() / (accumulation * (n - rows)) as f64;
         times.push(begin.elapsed().as_secs_f64());

@@ -99,17 +99,19 @@ extern "C" __global__ void swiglu_backward(const T* gate_up, int ldg, const T* d
   *(Pack*)(dgate_up + row * lddg + width + column) = du;
 }
 
-// out[i] = table[index[i]]: embedding lookup and the rows that reach the head.
+// out[i] = table[index[i]]: embedding lookup and the rows that reach the head. Zeros for index -1.
 extern "C" __global__ void gather_rows(const T* table, int ldt, const int* index, T* out, int ldo,
                                        int width) {
-  const Pack* from = (const Pack*)(table + (u64)index[blockIdx.x] * ldt);
+  int place = index[blockIdx.x];
+  const Pack* from = (const Pack*)(table + (u64)max(place, 0) * ldt);
   Pack* to = (Pack*)(out + (u64)blockIdx.x * ldo);
-  for (int i = threadIdx.x; i < width / VECTOR; i += blockDim.x) to[i] = from[i];
+  for (int i = threadIdx.x; i < width / VECTOR; i += blockDim.x) to[i] = place < 0 ? Pack{} : from[i];
 }
 
-// out[index[i]] = rows[i], indices distinct.
+// out[index[i]] = rows[i], indices distinct; nothing for index -1.
 extern "C" __global__ void scatter_rows(const T* rows, int ldr, const int* index, T* out, int ldo,
                                         int width) {
+  if (index[blockIdx.x] < 0) return;
   const Pack* from = (const Pack*)(rows + (u64)blockIdx.x * ldr);
   Pack* to = (Pack*)(out + (u64)index[blockIdx.x] * ldo);
   for (int i = threadIdx.x; i < width / VECTOR; i += blockDim.x) to[i] = from[i];

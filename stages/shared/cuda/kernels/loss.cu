@@ -1,7 +1,8 @@
 // Cross-entropy of rows of logits, in place: loss = log(sum exp x) - x[t], and the logits become
-// scale * (softmax(x) - onehot(t)). A block a row; the row is read twice and written once.
+// scale * (softmax(x) - onehot(t)). A block a row; the row is read twice and written once. A row with
+// a negative target is filling: no loss, and a gradient of zeros.
 extern "C" __global__ void cross_entropy(T* logits, const int* targets, float* loss, int vocabulary,
-                                         float scale) {
+                                         const float* scales) {
   __shared__ float maxima[32], sums[32];
   T* row = logits + (u64)blockIdx.x * vocabulary;
   int packs = vocabulary / VECTOR;
@@ -29,9 +30,9 @@ extern "C" __global__ void cross_entropy(T* logits, const int* targets, float* l
   for (int i = 0; i < warps; i++)
     if (maxima[i] > -INFINITY) s += sums[i] * EXP(maxima[i] - m);
   int target = targets[blockIdx.x];
-  if (threadIdx.x == 0) loss[blockIdx.x] = logf(s) + m - load(row[target]);
+  float scale = target < 0 ? 0.f : *scales, factor = scale / s;
+  if (threadIdx.x == 0) loss[blockIdx.x] = target < 0 ? 0.f : logf(s) + m - load(row[target]);
   __syncthreads();
-  float factor = scale / s;
   for (int i = threadIdx.x; i < packs; i += blockDim.x) {
     Pack p = ((const Pack*)row)[i];
     for (int j = 0; j < VECTOR; j++) {

@@ -13,6 +13,7 @@ use crate::CudaError;
 use crate::compile;
 use crate::gemm::Plans;
 use crate::profile::Profile;
+use crate::versions;
 
 /// Type of weights and activations; all arithmetic accumulates in f32.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -91,7 +92,8 @@ pub struct Device {
     functions: RefCell<HashMap<&'static str, sys::CUfunction>>,
     pub(crate) blas: blas::cublasLtHandle_t,
     pub(crate) plans: Plans,
-    pub(crate) workspace: Cell<u64>,
+    /// Stream that work goes to now, and cuBLASLt's scratch for it.
+    current: Cell<(sys::CUstream, u64)>,
     memory: Rc<Memory>,
     profile: Profile,
 }
@@ -134,20 +136,10 @@ impl Device {
     /// Opens a GPU for work in `dtype`.
     ///
     /// # Errors
-    /// [`CudaError::Library`] where driver, NVRTC or cuBLASLt are missing.
+    /// [`CudaError::Library`] or [`CudaError::Version`] where driver, NVRTC or cuBLASLt are missing or
+    /// too old.
     pub fn open(ordinal: usize, dtype: Dtype) -> Result<Self, CudaError> {
-        // SAFETY: only looks for libraries.
-        unsafe {
-            for (library, present) in [
-                ("cuda", sys::is_culib_present()),
-                ("nvrtc", cudarc::nvrtc::sys::is_culib_present()),
-                ("cublasLt", blas::is_culib_present()),
-            ] {
-                if !present {
-                    return Err(CudaError::Library { library });
-                }
-            }
-        }
+        versions::check()?;
         let context = CudaContext::new(ordinal)?;
         let stream = context.new_stream()?;
         let (major, minor) = context.compute_capability()?;
@@ -164,14 +156,20 @@ impl Device {
             modules: RefCell::default(),
             functions: RefCell::default(),
             plans: Plans::default(),
-            workspace: Cell::new(0),
+            current: Cell::new((std::ptr::null_mut(), 0)),
             memory: Rc::default(),
             profile: Profile::default(),
         };
         // SAFETY: plain allocation, kept for the life of the process.
-        device.workspace.set(unsafe { result::malloc_sync(WORKSPACE as usize)? });
+        let workspace = unsafe { result::malloc_sync(WORKSPACE as usize)? };
+        device.current.set((device.stream.cu_stream(), workspace));
         device.memory.live.set(WORKSPACE);
         Ok(device)
+    }
+
+    /// The type that it works in.
+    pub fn dtype(&self) -> Dtype {
+        self.dtype
     }
 
     /// Whether this GPU multiplies bf16.
@@ -286,14 +284,14 @@ impl Device {
     /// Fills with zero bytes.
     pub(crate) fn clear(&self, ptr: u64, bytes: u64) -> Result<(), CudaError> {
         // SAFETY: the caller's range lies inside a buffer.
-        unsafe { result::memset_d8_async(ptr, 0, bytes as usize, self.stream.cu_stream())? };
+        unsafe { result::memset_d8_async(ptr, 0, bytes as usize, self.cu_stream())? };
         Ok(())
     }
 
     /// Copies between places on the device.
     pub(crate) fn copy(&self, from: u64, to: u64, bytes: u64) -> Result<(), CudaError> {
         // SAFETY: the caller's ranges lie inside buffers and do not overlap.
-        unsafe { result::memcpy_dtod_async(to, from, bytes as usize, self.stream.cu_stream())? };
+        unsafe { result::memcpy_dtod_async(to, from, bytes as usize, self.cu_stream())? };
         Ok(())
     }
 
@@ -305,9 +303,27 @@ impl Device {
         Ok(self.stream.synchronize()?)
     }
 
-    /// The stream that all work goes to.
+    /// The stream that work goes to.
     pub(crate) fn cu_stream(&self) -> sys::CUstream {
-        self.stream.cu_stream()
+        self.current.get().0
+    }
+
+    /// Scratch of cuBLASLt on that stream.
+    pub(crate) fn workspace(&self) -> u64 {
+        self.current.get().1
+    }
+
+    /// Enqueues `work` on another stream with scratch of its own.
+    pub(crate) fn redirected(
+        &self,
+        stream: sys::CUstream,
+        workspace: u64,
+        work: impl FnOnce() -> Result<(), CudaError>,
+    ) -> Result<(), CudaError> {
+        let before = self.current.replace((stream, workspace));
+        let result = work();
+        self.current.set(before);
+        result
     }
 
     /// Bytes of memory that nothing uses.
@@ -333,6 +349,10 @@ impl Device {
         self.profile.start();
     }
 
+    pub(crate) fn is_profiling(&self) -> bool {
+        self.profile.is_on()
+    }
+
     /// Milliseconds and launches by class since [`Device::start_profile`].
     ///
     /// # Errors
@@ -347,7 +367,7 @@ impl Device {
         class: &'static str,
         work: impl FnOnce() -> Result<R, CudaError>,
     ) -> Result<R, CudaError> {
-        self.profile.span(class, self.stream.cu_stream(), work)
+        self.profile.span(class, self.cu_stream(), work)
     }
 
     fn module(&self, file: &'static str) -> Result<sys::CUmodule, CudaError> {
@@ -436,7 +456,7 @@ impl Device {
         let function = self.function(file, name)?;
         self.allow_shared(name, function, shared)?;
         let grid = (grid[0] as u32, grid[1] as u32, 1);
-        let stream = self.stream.cu_stream();
+        let stream = self.cu_stream();
         self.timed(name, || {
             // SAFETY: the caller's promise.
             unsafe {

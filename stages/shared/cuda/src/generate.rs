@@ -13,8 +13,9 @@ use crate::adapter::Lora;
 use crate::attention::Attention;
 use crate::device::{Buffer, Device, args};
 use crate::gemm::{Gemm, View};
+use crate::graph::Recorder;
 use crate::step::pass::{Pass, gather};
-use crate::step::{Batch, Step};
+use crate::step::{Batch, COLUMNS, Step};
 use crate::{CudaError, Frozen};
 
 /// Rows of a prefill, unless a prompt is longer.
@@ -107,6 +108,7 @@ struct Session<'a> {
     /// `[slots, vocabulary]`, f32.
     logits: Buffer,
     ids: Buffer,
+    recorder: Recorder,
 }
 
 impl Generator {
@@ -198,6 +200,7 @@ impl<'a> Session<'a> {
             roots: device.alloc(slots as u64 * 4)?,
             logits: device.alloc((slots * vocabulary) as u64 * 4)?,
             ids: device.alloc(slots as u64 * 4)?,
+            recorder: Recorder::default(),
         })
     }
 
@@ -322,7 +325,7 @@ impl<'a> Session<'a> {
         &self,
         tokens: &[i32],
         bounds: &[i32],
-        change: impl FnOnce(&mut [Vec<i32>; 11]),
+        change: impl FnOnce(&mut [Vec<i32>; COLUMNS]),
     ) -> Result<Vec<u32>, CudaError> {
         let Generator { lora, frozen, device } = self.own;
         let targets = vec![-100; tokens.len()];
@@ -330,11 +333,24 @@ impl<'a> Session<'a> {
         let b = self.step.upload_with(device, batch, change)?;
         let cache = Some(&self.cache);
         let pass = Pass { step: &self.step, device, frozen, lora, b: &b, cache };
+        if self.cache.is_decoding {
+            // One shape a session, at addresses that stay.
+            self.recorder.run(device, [0; 5], || self.enqueue(&pass))?;
+        } else {
+            self.enqueue(&pass)?;
+        }
+        let bytes = device.read(&self.ids, self.slots * 4)?;
+        Ok(bytes.as_chunks::<4>().0.iter().map(|b| u32::from_le_bytes(*b)).collect())
+    }
+
+    /// All layers, and the greedy choice after each row named in column 4.
+    fn enqueue(&self, pass: &Pass<'_>) -> Result<(), CudaError> {
+        let Generator { frozen, device, .. } = self.own;
         pass.trunk()?;
         let c = &frozen.config;
         let (hidden, vocabulary, rows) = (c.hidden_size, c.vocab_size, self.slots);
         let out = self.step.residual(c.num_hidden_layers);
-        gather(device, (out, hidden), b.rows, self.last.ptr(), hidden, rows)?;
+        gather(device, (out, hidden), pass.b.rows, self.last.ptr(), hidden, rows)?;
         let normed = (self.normed.ptr(), hidden);
         pass.norm_rows(self.last.ptr(), frozen.norm.ptr(), normed, self.roots.ptr(), rows)?;
         let (x, head) = (View::new(normed.0, hidden), View::new(frozen.head(), hidden).t());
@@ -343,11 +359,7 @@ impl<'a> Session<'a> {
         device.gemm("gemm head", Gemm { f32_out: true, ..product })?;
         let (from, ids, columns) = (self.logits.ptr(), self.ids.ptr(), vocabulary as i32);
         // SAFETY: `rows` rows of logits and ids.
-        unsafe {
-            device.launch((FILE, "argmax"), [rows, 1], 1024, 0, args![from, columns, ids])?;
-        }
-        let bytes = device.read(&self.ids, rows * 4)?;
-        Ok(bytes.as_chunks::<4>().0.iter().map(|b| u32::from_le_bytes(*b)).collect())
+        unsafe { device.launch((FILE, "argmax"), [rows, 1], 1024, 0, args![from, columns, ids]) }
     }
 }
 

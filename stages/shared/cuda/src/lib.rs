@@ -14,10 +14,14 @@ mod device;
 mod error;
 mod gemm;
 mod generate;
+mod graph;
+mod lane;
+mod nvml;
 mod optimizer;
 mod profile;
 mod staging;
 mod step;
+mod versions;
 mod weights;
 
 pub use adapter::Lora;

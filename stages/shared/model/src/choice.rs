@@ -46,10 +46,12 @@ impl From<DeviceChoice> for String {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum DtypeChoice {
-    /// The device's best: f32 on a CPU, bf16 on a GPU.
+    /// The device's best: f32 on a CPU, bf16 on a GPU that has it, else f16.
     Auto,
     /// Single precision.
     F32,
     /// bfloat16, with masters of an adapter in training in f32.
     Bf16,
+    /// 16-bit floats, with the residual stream and masters in f32, and a loss that is scaled.
+    F16,
 }

@@ -1,5 +1,6 @@
 //! A micro-batch on its way through the layers, in launches.
 
+use super::ahead::{Ahead, Operand};
 use super::{Batch, State, Step};
 use crate::adapter::Lora;
 use crate::attention::Attention;
@@ -48,6 +49,9 @@ impl Pass<'_> {
         let (table, out) = (self.frozen.embed.ptr(), step.residual(0));
         gather(self.device, (table, hidden), self.b.tokens, out, hidden, self.b.n)?;
         for layer in 0..self.frozen.config.num_hidden_layers {
+            if let Some(offload) = &step.offload {
+                offload.store(self.device, layer, &step.residual)?;
+            }
             self.forward(layer, step.state(layer), true)?;
         }
         Ok(())
@@ -106,10 +110,14 @@ impl Pass<'_> {
         let dy = (gate_up, 2 * ffn + w[2]);
         self.project_backward((layer, 2), dy, s.middle_normed.ptr(), dnormed)?;
         let (middle, root) = (s.middle.ptr(), s.roots[1].ptr());
+        self.after_sums(layer, 3)?;
         self.norm_backward(middle, self.frozen.post_norm(layer), root, (dh, ldh))?;
         self.project_backward((layer, 1), (dh, ldh), s.attended.ptr(), dnormed)?;
         let dqkv = (step.dqkv.ptr(), self.lora.groups[0][0].outputs + w[0]);
         let dout = (dnormed, self.lora.groups[0][1].inputs);
+        if layer + 1 < c.num_hidden_layers {
+            self.after_sums(layer + 1, 0)?;
+        }
         // What the feed-forward block left is free by now.
         let scratch = (step.delta.ptr(), step.dactivated.ptr());
         self.attention(s).backward(self.device, dout, dqkv, scratch)?;
@@ -121,19 +129,19 @@ impl Pass<'_> {
             return Ok(());
         }
         let (input, root) = (step.residual(layer), s.roots[0].ptr());
+        self.after_sums(layer, 1)?;
         self.norm_backward(input, self.frozen.input_norm(layer), root, (dh, ldh))
     }
 
-    /// Final norm, head and loss of the rows that have a target; with a scale, the gradient of
-    /// scale times that into `dhidden`.
-    pub(super) fn head(&self, scale: Option<f32>) -> Result<(), CudaError> {
+    /// Final norm, head and loss of the rows that have a target; where `gradient` is wanted, that of
+    /// the batch's scale times the loss into `dhidden`.
+    pub(super) fn head(&self, gradient: bool) -> Result<(), CudaError> {
         let (step, device, b) = (self.step, self.device, self.b);
         let c = &self.frozen.config;
         let (hidden, vocabulary) = (c.hidden_size, c.vocab_size);
         let size = device.dtype.size();
         let ldh = hidden + step.widths[1].max(step.widths[3]);
         let dh = step.dhidden.ptr();
-        let (gradient, scale) = (scale.is_some(), scale.unwrap_or(0.0));
         if gradient {
             device.clear(dh, (b.n * ldh) as u64 * size)?;
         }
@@ -153,7 +161,7 @@ impl Pass<'_> {
             device.gemm("gemm head", product)?;
             let (ptr, labels) = (x.logits, b.labels + (first * 4) as u64);
             let (losses, columns) = (x.losses.ptr(), vocabulary as i32);
-            let (count, total) = (rows as i32, step.total.ptr());
+            let (count, total, scale) = (rows as i32, step.total.ptr(), b.scale);
             // SAFETY: `rows` rows of logits, labels and losses.
             unsafe {
                 let args = args![ptr, labels, losses, columns, scale];
@@ -272,11 +280,7 @@ impl Pass<'_> {
         let k = g.inputs + g.width;
         let operand = match self.step.resident.get(layer) {
             Some(operands) => operands[index].ptr(),
-            None => {
-                let scratch = self.step.scratch.ptr();
-                self.frozen.forward_operand(self.device, self.lora, at, scratch)?;
-                scratch
-            }
+            None => self.operand(Operand { layer, group: index, is_forward: true })?,
         };
         // Gate and up leave room for the gradient's low-rank columns.
         let ldy = g.outputs + if index == 2 { g.width } else { 0 };
@@ -289,10 +293,57 @@ impl Pass<'_> {
         self.device.gemm("gemm forward", product)
     }
 
+    /// Lanes beside the main stream; a profile wants one thing at a time.
+    fn ahead(&self) -> Option<&Ahead> {
+        self.step.ahead.as_ref().filter(|_| !self.device.is_profiling())
+    }
+
+    /// Address of a decoded operand.
+    fn operand(&self, wanted: Operand) -> Result<u64, CudaError> {
+        let decode = |o: Operand, to: u64| {
+            let at = (o.layer, o.group);
+            if o.is_forward {
+                self.frozen.forward_operand(self.device, self.lora, at, to)
+            } else {
+                self.frozen.backward_operand(self.device, self.lora, at, to)
+            }
+        };
+        let layers = self.frozen.config.num_hidden_layers;
+        match self.ahead() {
+            Some(ahead) => ahead.operand(self.device, wanted, layers, decode),
+            None => {
+                let scratch = self.step.scratch.ptr();
+                decode(wanted, scratch)?;
+                Ok(scratch)
+            }
+        }
+    }
+
+    /// Waits for the sums of a group of `layer` before what they read is written.
+    fn after_sums(&self, layer: usize, group: usize) -> Result<(), CudaError> {
+        match self.ahead() {
+            Some(ahead) if self.lora.groups[layer][group].width > 0 => {
+                ahead.wait_for_sums(self.device, group)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Has the main stream wait for the operand that is decoded ahead, which nothing may need.
+    pub(super) fn settle(&self) -> Result<(), CudaError> {
+        self.ahead().map_or(Ok(()), |ahead| ahead.settle(self.device).map(|_| ()))
+    }
+
+    /// Ends a step: the main stream has waited for everything beside it.
+    pub(super) fn join(&self) -> Result<(), CudaError> {
+        self.settle()?;
+        (0..4).try_for_each(|group| self.after_sums(0, group))
+    }
+
     /// Gradients of the group's factors from `dy`, and `dx = [dy, du] [W; A]` where `dx` is not 0.
     fn project_backward(
         &self,
-        at @ (layer, index): (usize, usize),
+        (layer, index): (usize, usize),
         (dy, lddy): (u64, usize),
         x: u64,
         dx: u64,
@@ -305,20 +356,25 @@ impl Pass<'_> {
             let b = View::new(self.lora.operand(g.b), g.width);
             let product = Gemm::new((n, g.width, g.outputs), gradient, b, du);
             self.device.gemm("lora du", Gemm { alpha: self.lora.scale, ..product })?;
-            let u = View::new(x + g.inputs as u64 * size, ldx);
-            let db = View::new(self.lora.gradient(g.b), g.width);
-            let product = Gemm::new((g.outputs, g.width, n), gradient.t(), u, db);
-            self.device.gemm("lora dB", Gemm { beta: 1.0, f32_out: true, ..product })?;
-            let da = View::new(self.lora.gradient(g.a), g.inputs);
-            let product = Gemm::new((g.width, g.inputs, n), du.t(), View::new(x, ldx), da);
-            self.device.gemm("lora dA", Gemm { beta: 1.0, f32_out: true, ..product })?;
+            let sums = || {
+                let u = View::new(x + g.inputs as u64 * size, ldx);
+                let db = View::new(self.lora.gradient(g.b), g.width);
+                let product = Gemm::new((g.outputs, g.width, n), gradient.t(), u, db);
+                self.device.gemm("lora dB", Gemm { beta: 1.0, f32_out: true, ..product })?;
+                let da = View::new(self.lora.gradient(g.a), g.inputs);
+                let product = Gemm::new((g.width, g.inputs, n), du.t(), View::new(x, ldx), da);
+                self.device.gemm("lora dA", Gemm { beta: 1.0, f32_out: true, ..product })
+            };
+            match self.ahead() {
+                Some(ahead) => ahead.sum(self.device, index, sums)?,
+                None => sums()?,
+            }
         }
         if dx == 0 {
             return Ok(());
         }
-        let scratch = self.step.scratch.ptr();
-        self.frozen.backward_operand(self.device, self.lora, at, scratch)?;
-        let (k, w) = (g.outputs + g.width, View::new(scratch, g.inputs));
+        let operand = self.operand(Operand { layer, group: index, is_forward: false })?;
+        let (k, w) = (g.outputs + g.width, View::new(operand, g.inputs));
         let product = Gemm::new((n, g.inputs, k), gradient, w, View::new(dx, g.inputs));
         self.device.gemm("gemm backward", product)
     }
