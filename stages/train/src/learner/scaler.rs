@@ -70,7 +70,7 @@ impl LossScaler {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used, reason = "tests")]
+#[allow(clippy::unwrap_used, clippy::float_cmp, reason = "tests; scales are powers of two")]
 mod tests {
     use super::*;
 
