@@ -1,5 +1,5 @@
 //! Checks the training step against the CPU's and times it:
-//! `step check FOLDER...` (folders with `f32`, `nf4` and `adapter`) or
+//! `step check FOLDER...` (folders with `f32`, `nf4` and `adapter`), `step same SHAPE` or
 //! `step time SHAPE keep|recompute|offload STEPS` (SHAPE: qwen2.5-3b, smollm2-135m).
 #![allow(clippy::print_stdout, clippy::unwrap_used, reason = "an example")]
 
@@ -17,7 +17,61 @@ fn main() {
         "check" => args[1..].iter().for_each(|folder| {
             ["f32", "nf4"].iter().for_each(|weights| check(Path::new(folder), weights));
         }),
+        "same" => same(&args[1]),
         _ => time(&args[1], &args[2], args[3].parse().unwrap()),
+    }
+}
+
+/// Digests of the adapter after two steps of three micro-batches: kept, recomputed and offloaded
+/// activations, replayed graphs and plain launches, once and again.
+fn same(name: &str) {
+    let config = shapes::shape(name);
+    let adapter = Adapter::fresh(&config, &LoraConfig::default(), 1).unwrap();
+    let n = 2048usize;
+    let modes = [Activations::Keep, Activations::Recompute, Activations::Offload];
+    for (activations, is_plain) in
+        modes.into_iter().flat_map(|m| [(m, false), (m, false), (m, true)])
+    {
+        let device = Device::open(0, Dtype::Bf16).unwrap();
+        let frozen = Frozen::random(&device, config.clone(), 1).unwrap();
+        let lora = Lora::new(&device, &config, &adapter).unwrap();
+        let step = Step::new(&device, &frozen, &lora, n, activations).unwrap();
+        let settings = AdamSettings {
+            eight_bit: false,
+            betas: [0.9, 0.999],
+            eps: 1e-8,
+            weight_decay: 0.01,
+            clip: 1.0,
+        };
+        let all = 0..adapter.values.len();
+        let mut optimizer =
+            Optimizer::new(&device, settings, &[all], &[], Some(step.spare())).unwrap();
+        if is_plain {
+            // A profile keeps to one stream and records nothing.
+            device.start_profile();
+        }
+        let mut losses = Vec::new();
+        for index in 0..6usize {
+            let token = |i: usize| ((i * 7919 + index * 31) % config.vocab_size) as i32;
+            let tokens: Vec<i32> = (0..n).map(token).collect();
+            let targets: Vec<i32> = (0..n).map(|i| token(i + 1)).collect();
+            let cu = [0, 100, 1000, n as i32];
+            let batch = MicroBatch { tokens: &tokens, cu_seqlens: &cu, targets: &targets };
+            step.run(&device, &frozen, &lora, batch, 1.0 / (3 * n) as f32).unwrap();
+            if index % 3 == 2 {
+                optimizer.collect(&device, &lora, 1.0).unwrap();
+                losses.push(optimizer.read_norm(&device).unwrap());
+                optimizer.update(&device, &lora, 2e-4).unwrap();
+            }
+        }
+        let loss = step.take_loss(&device).unwrap() / (6 * n) as f64;
+        let values = lora.read_values(&device).unwrap();
+        let digest = values.iter().fold(0xcbf2_9ce4_8422_2325u64, |h, v| {
+            (h ^ u64::from(v.to_bits())).wrapping_mul(0x100_0000_01b3)
+        });
+        println!(
+            "{name} {activations:?} plain {is_plain}: {digest:016x} norms {losses:?} loss {loss}"
+        );
     }
 }
 

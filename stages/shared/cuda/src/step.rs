@@ -135,16 +135,17 @@ impl HeadBuffers {
                 own[0].ptr()
             }
         };
+        // The same in every mode, so that results are: what would fit into the buffer that is lent.
         let row = c.vocab_size as u64 * size;
-        let room = lent.map_or(0, |s| s.gate_up.bytes() / row) as usize;
-        let (logits, chunk) = match lent.filter(|_| room >= LEAST_HEAD_ROWS.min(capacity)) {
-            Some(state) => (state.gate_up.ptr(), room.min(HEAD_ROWS)),
+        let room = (capacity as u64 * 2 * c.intermediate_size as u64 * size / row) as usize;
+        let chunk = room.clamp(LEAST_HEAD_ROWS, HEAD_ROWS).min(capacity);
+        let logits = match lent.filter(|s| s.gate_up.bytes() >= chunk as u64 * row) {
+            Some(state) => state.gate_up.ptr(),
             None => {
-                let chunk = HEAD_ROWS.min(capacity);
                 let buffer = device.alloc(chunk as u64 * row)?;
                 let ptr = buffer.ptr();
                 own.push(buffer);
-                (ptr, chunk)
+                ptr
             }
         };
         Ok(Self {
