@@ -9,14 +9,21 @@ struct Factor {
 };
 
 // operand[o + i stride + j] = values[v + i columns + j], for all factors (one a grid row).
-extern "C" __global__ void to_operands(const float* values, T* operands, const Factor* factors) {
+template <typename E>
+__device__ __forceinline__ void spread(const float* values, E* operands, const Factor* factors) {
   Factor f = factors[blockIdx.y];
   for (u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x; i < (u64)f.rows * f.columns;
        i += (u64)gridDim.x * blockDim.x)
-    operands[f.operand + i / f.columns * f.stride + i % f.columns] = store(values[f.values + i]);
+    put(operands[f.operand + i / f.columns * f.stride + i % f.columns], values[f.values + i]);
+}
+extern "C" __global__ void to_operands(const float* values, T* operands, const Factor* factors) {
+  spread(values, operands, factors);
 }
 
-// The way back, for gradients, which lie in f32 in the layout of the operands.
+// Gradients lie in f32 in the layout of the operands: there, and back.
+extern "C" __global__ void to_gradients(const float* values, float* gradients, const Factor* factors) {
+  spread(values, gradients, factors);
+}
 extern "C" __global__ void from_operands(const float* operands, float* values, const Factor* factors) {
   Factor f = factors[blockIdx.y];
   for (u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x; i < (u64)f.rows * f.columns;
@@ -24,8 +31,9 @@ extern "C" __global__ void from_operands(const float* operands, float* values, c
     values[f.values + i] = operands[f.operand + i / f.columns * f.stride + i % f.columns];
 }
 
-// Squares of 4,096 elements a block, then their sum: norm[0], and norm[1] = the factor that clips
-// (clip_grad_norm_: min(1, limit / (norm + 1e-6)); limit 0 is none). One order, no atomics.
+// Squares of 4,096 elements a block, then their sum: norm[0] = the norm of x / scale, not finite where an
+// element is not, and norm[1] = the factor on x that undoes the scale and clips (clip_grad_norm_:
+// min(1, limit / (norm + 1e-6)); limit 0 is none). One order, no atomics.
 extern "C" __global__ void square_partials(const float* x, u64 count, double* partials) {
   __shared__ double sums[256];
   double sum = 0.0;
@@ -40,7 +48,8 @@ extern "C" __global__ void square_partials(const float* x, u64 count, double* pa
   }
   if (threadIdx.x == 0) partials[blockIdx.x] = sums[0];
 }
-extern "C" __global__ void clip_factor(const double* partials, int count, float limit, float* norm) {
+extern "C" __global__ void clip_factor(const double* partials, int count, float limit, float scale,
+                                       float* norm) {
   __shared__ double sums[256];
   double sum = 0.0;
   for (int i = threadIdx.x; i < count; i += 256) sum += partials[i];
@@ -48,9 +57,9 @@ extern "C" __global__ void clip_factor(const double* partials, int count, float 
   __syncthreads();
   if (threadIdx.x == 0) {
     for (int i = 1; i < 256; i++) sum += sums[i];
-    double root = sqrt(sum);
+    double root = sqrt(sum) / scale;
     norm[0] = (float)root;
-    norm[1] = limit > 0.f ? (float)fmin(1.0, (double)limit / (root + 1e-6)) : 1.f;
+    norm[1] = (float)((limit > 0.f ? fmin(1.0, (double)limit / (root + 1e-6)) : 1.0) / scale);
   }
 }
 

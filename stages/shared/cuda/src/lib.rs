@@ -18,6 +18,9 @@ mod optimizer;
 mod profile;
 mod staging;
 mod step;
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::print_stderr, reason = "tests")]
+mod tests;
 mod weights;
 
 pub use adapter::Lora;

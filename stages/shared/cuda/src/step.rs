@@ -5,6 +5,7 @@
 //! `y = [x, u] [W, B]ᵀ`. Backward, the gradient carries `du = s dy B` and `dx = [dy, du] [W; A]`;
 //! `dB += dyᵀ u` and `dA += duᵀ x` go to f32 in the layout of the operands.
 
+mod head;
 pub(crate) mod pass;
 
 use model::MicroBatch;
@@ -36,12 +37,17 @@ struct State {
     qkv: Buffer,
     attended: Buffer,
     lse: Buffer,
+    /// Residual stream between the two blocks.
     middle: Buffer,
     middle_normed: Buffer,
     /// Gate and up, and after the backward pass their gradients.
     gate_up: Buffer,
     activated: Buffer,
-    roots: [Buffer; 2],
+    /// Outputs of attention and of the feed-forward block before their norms, where they have one, in
+    /// the type of the residual stream.
+    outputs: Option<[Buffer; 2]>,
+    /// Of the norms of the inputs of both blocks, then of their outputs.
+    roots: [Buffer; 4],
 }
 
 /// What buffers are for.
@@ -112,11 +118,12 @@ impl HeadBuffers {
     ) -> Result<Self, CudaError> {
         let size = device.dtype.size();
         let mut own = Vec::new();
-        let matrix = (capacity * c.hidden_size) as u64 * size;
-        let rows = match lent.filter(|s| s.activated.bytes() >= 4 * matrix) {
+        let count = (capacity * c.hidden_size) as u64;
+        let (matrix, wide) = (count * size, count * device.dtype.residual().size());
+        let rows = match lent.filter(|s| s.activated.bytes() >= 3 * matrix + wide) {
             Some(state) => state.activated.ptr(),
             None => {
-                own.push(device.alloc(4 * matrix)?);
+                own.push(device.alloc(3 * matrix + wide)?);
                 own[0].ptr()
             }
         };
@@ -134,9 +141,9 @@ impl HeadBuffers {
         };
         Ok(Self {
             rows,
-            normed: rows + matrix,
-            dnormed: rows + 2 * matrix,
-            drows: rows + 3 * matrix,
+            normed: rows + wide,
+            dnormed: rows + wide + matrix,
+            drows: rows + wide + 2 * matrix,
             roots: device.alloc(capacity as u64 * 4)?,
             logits,
             chunk,
@@ -201,24 +208,29 @@ impl Step {
         };
         let c = &frozen.config;
         let (heads, kv_heads, d) = (c.num_attention_heads, c.num_key_value_heads, c.head_dim);
-        let attention = Plan::new(device, (heads, kv_heads, d), capacity)?;
+        let softcaps = c.variations.attn_logit_softcapping.is_some();
+        let attention = Plan::new(device, (heads, kv_heads, d), softcaps, capacity)?;
         let groups = &lora.groups[0];
         let widths = groups.map(|g| g.width);
         let (q, out) = (groups[1].inputs, groups[0].outputs);
         let (hidden, ffn) = (c.hidden_size, c.intermediate_size);
         let matrix = |columns: usize| device.elements(capacity * columns);
+        let stream = || device.residual_elements(capacity * hidden);
         let floats = |count: usize| device.alloc(count as u64 * 4);
+        let output_norms = c.variations.output_norms;
+        let outputs = || Ok::<_, CudaError>([stream()?, stream()?]);
         let state = || -> Result<State, CudaError> {
             Ok(State {
                 normed: matrix(hidden + widths[0])?,
                 qkv: matrix(out)?,
                 attended: matrix(q + widths[1])?,
                 lse: floats(capacity * c.num_attention_heads)?,
-                middle: matrix(hidden)?,
+                middle: stream()?,
                 middle_normed: matrix(hidden + widths[2])?,
                 gate_up: matrix(2 * ffn + widths[2])?,
                 activated: matrix(ffn + widths[3])?,
-                roots: [floats(capacity)?, floats(capacity)?],
+                outputs: output_norms.then(outputs).transpose()?,
+                roots: [floats(capacity)?, floats(capacity)?, floats(capacity)?, floats(capacity)?],
             })
         };
         // What only a backward pass needs.
@@ -239,19 +251,21 @@ impl Step {
         let head = HeadBuffers::new(device, c, if trains { capacity } else { 0 }, lent)?;
         let rows = capacity as u64 * size;
         let widest = (widths[1].max(widths[3]) + hidden) as u64;
+        // Lends itself to the gradient of a block's output before its norm.
+        let dqkv = ((out + widths[0]) as u64).max(if output_norms { widest } else { 0 });
         Ok(Self {
             activations,
             attention,
             capacity,
             widths,
             states,
-            residual: (0..=layers).map(|_| matrix(hidden)).collect::<Result<_, _>>()?,
+            residual: (0..=layers).map(|_| stream()).collect::<Result<_, _>>()?,
             resident: Vec::new(),
             scratch: device.elements(scratch)?,
             dhidden: backward(rows * widest)?,
             dnormed: backward(rows * hidden.max(q) as u64)?,
             dactivated: backward(attention_scratch.max(rows * ffn as u64))?,
-            dqkv: backward(rows * (out + widths[0]) as u64)?,
+            dqkv: backward(rows * dqkv)?,
             delta: backward((capacity * c.num_attention_heads) as u64 * 4)?,
             head,
             cosines: device.upload_f32(&cosines)?,

@@ -233,7 +233,7 @@ impl Learner for CudaLearner {
 
     fn gradient(&mut self) -> Result<(f64, f64), StageError> {
         let Prepared { step, optimizer, .. } = self.prepared()?;
-        optimizer.collect(&self.gpu, &self.lora)?;
+        optimizer.collect(&self.gpu, &self.lora, 1.0)?;
         let loss = step.take_loss(&self.gpu)?;
         Ok((loss, f64::from(optimizer.read_norm(&self.gpu)?)))
     }
