@@ -9,14 +9,21 @@ struct Factor {
 };
 
 // operand[o + i stride + j] = values[v + i columns + j], for all factors (one a grid row).
-extern "C" __global__ void to_operands(const float* values, T* operands, const Factor* factors) {
+template <typename E>
+__device__ __forceinline__ void spread(const float* values, E* operands, const Factor* factors) {
   Factor f = factors[blockIdx.y];
   for (u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x; i < (u64)f.rows * f.columns;
        i += (u64)gridDim.x * blockDim.x)
-    operands[f.operand + i / f.columns * f.stride + i % f.columns] = store(values[f.values + i]);
+    put(operands[f.operand + i / f.columns * f.stride + i % f.columns], values[f.values + i]);
+}
+extern "C" __global__ void to_operands(const float* values, T* operands, const Factor* factors) {
+  spread(values, operands, factors);
 }
 
-// The way back, for gradients, which lie in f32 in the layout of the operands.
+// Gradients lie in f32 in the layout of the operands: there, and back.
+extern "C" __global__ void to_gradients(const float* values, float* gradients, const Factor* factors) {
+  spread(values, gradients, factors);
+}
 extern "C" __global__ void from_operands(const float* operands, float* values, const Factor* factors) {
   Factor f = factors[blockIdx.y];
   for (u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x; i < (u64)f.rows * f.columns;

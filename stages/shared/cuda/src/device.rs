@@ -41,6 +41,30 @@ impl Dtype {
         }
     }
 
+    /// Type of the residual stream beside this one: f16 has too little range for it.
+    pub(crate) fn residual(self) -> Self {
+        if self == Self::F16 { Self::F32 } else { self }
+    }
+
+    /// `value` rounded to this type.
+    pub(crate) fn round(self, value: f32) -> f32 {
+        match self {
+            Self::F32 => value,
+            Self::Bf16 => half::bf16::from_f32(value).to_f32(),
+            Self::F16 => half::f16::from_f32(value).to_f32(),
+        }
+    }
+
+    /// The values of elements of this type.
+    pub fn decode(self, bytes: &[u8]) -> Vec<f32> {
+        let pairs = bytes.as_chunks::<2>().0.iter();
+        match self {
+            Self::F32 => bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
+            Self::Bf16 => pairs.map(|b| half::bf16::from_le_bytes(*b).to_f32()).collect(),
+            Self::F16 => pairs.map(|b| half::f16::from_le_bytes(*b).to_f32()).collect(),
+        }
+    }
+
     /// The bytes of `values` in this type.
     pub fn encode(self, values: &[f32]) -> Vec<u8> {
         match self {
@@ -84,8 +108,9 @@ pub struct Device {
     arch: String,
     /// Compute capability times ten.
     pub(crate) capability: u32,
-    /// Macro HEAD_DIM of the kernels.
+    /// Macros HEAD_DIM and SOFTCAP of the attention kernels.
     pub(crate) head_dim: Cell<usize>,
+    pub(crate) softcaps: Cell<bool>,
     /// Dynamic shared memory that each kernel has been allowed.
     allowed: RefCell<HashMap<&'static str, usize>>,
     modules: RefCell<HashMap<&'static str, sys::CUmodule>>,
@@ -152,6 +177,7 @@ impl Device {
             stream,
             dtype,
             head_dim: Cell::new(64),
+            softcaps: Cell::new(false),
             allowed: RefCell::default(),
             modules: RefCell::default(),
             functions: RefCell::default(),
@@ -224,6 +250,11 @@ impl Device {
         self.alloc(count as u64 * self.dtype.size())
     }
 
+    /// Memory of `count` elements of the residual stream.
+    pub(crate) fn residual_elements(&self, count: usize) -> Result<Buffer, CudaError> {
+        self.alloc(count as u64 * self.dtype.residual().size())
+    }
+
     /// Memory holding zeros.
     pub(crate) fn zeros(&self, bytes: u64) -> Result<Buffer, CudaError> {
         let buffer = self.alloc(bytes)?;
@@ -263,10 +294,15 @@ impl Device {
     /// # Errors
     /// [`CudaError::Driver`].
     pub fn read(&self, from: &Buffer, bytes: usize) -> Result<Vec<u8>, CudaError> {
-        let mut data = vec![0u8; bytes.min(from.bytes as usize)];
-        // SAFETY: inside the buffer; synchronised before the vector is used.
+        self.read_at(from.ptr(), bytes.min(from.bytes as usize))
+    }
+
+    /// Copies bytes from a place on the device, after all work so far.
+    pub(crate) fn read_at(&self, from: u64, bytes: usize) -> Result<Vec<u8>, CudaError> {
+        let mut data = vec![0u8; bytes];
+        // SAFETY: the caller's range lies inside a buffer; synchronised before the vector is used.
         unsafe {
-            result::memcpy_dtoh_async(&mut data, from.ptr(), self.stream.cu_stream())?;
+            result::memcpy_dtoh_async(&mut data, from, self.stream.cu_stream())?;
         }
         self.stream.synchronize()?;
         Ok(data)
@@ -277,8 +313,7 @@ impl Device {
     /// # Errors
     /// [`CudaError::Driver`].
     pub fn read_f32(&self, from: &Buffer, count: usize) -> Result<Vec<f32>, CudaError> {
-        let bytes = self.read(from, count * 4)?;
-        Ok(bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect())
+        Ok(Dtype::F32.decode(&self.read(from, count * 4)?))
     }
 
     /// Fills with zero bytes.
@@ -385,6 +420,7 @@ impl Device {
                 }
                 let defines = vec![
                     format!("-DHEAD_DIM={}", self.head_dim.get()),
+                    format!("-DSOFTCAP={}", u32::from(self.softcaps.get())),
                     format!("-DF16={}", u32::from(self.dtype == Dtype::F16)),
                 ];
                 (format!("{common}\n#line 1\n{text}"), defines)

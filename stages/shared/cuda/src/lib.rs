@@ -21,6 +21,9 @@ mod optimizer;
 mod profile;
 mod staging;
 mod step;
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::print_stderr, reason = "tests")]
+mod tests;
 mod versions;
 mod weights;
 

@@ -6,6 +6,7 @@
 //! `dB += dyᵀ u` and `dA += duᵀ x` go to f32 in the layout of the operands.
 
 mod ahead;
+mod head;
 mod offload;
 pub(crate) mod pass;
 
@@ -35,7 +36,9 @@ pub enum Activations {
 
 /// Rows whose logits exist at once, at most; and at least where their memory is lent.
 const HEAD_ROWS: usize = 1024;
-const LEAST_HEAD_ROWS: usize = 256;
+const LEAST_HEAD_ROWS: usize = 512;
+/// Rows of the tiles of large products divide this.
+const HEAD_TILE: usize = 128;
 /// Rows that reach the head are filled up to a multiple of this, so that shapes repeat.
 const TARGET_ROWS: usize = 256;
 /// Columns of [`Step::integers`].
@@ -48,12 +51,17 @@ struct State {
     qkv: Buffer,
     attended: Buffer,
     lse: Buffer,
+    /// Residual stream between the two blocks.
     middle: Buffer,
     middle_normed: Buffer,
     /// Gate and up, and after the backward pass their gradients.
     gate_up: Buffer,
     activated: Buffer,
-    roots: [Buffer; 2],
+    /// Outputs of attention and of the feed-forward block before their norms, where they have one, in
+    /// the type of the residual stream.
+    outputs: Option<[Buffer; 2]>,
+    /// Of the norms of the inputs of both blocks, then of their outputs.
+    roots: [Buffer; 4],
 }
 
 /// What buffers are for.
@@ -127,18 +135,20 @@ impl HeadBuffers {
     ) -> Result<Self, CudaError> {
         let size = device.dtype.size();
         let mut own = Vec::new();
-        let matrix = (capacity * c.hidden_size) as u64 * size;
-        let rows = match lent.filter(|s| s.activated.bytes() >= 4 * matrix) {
+        let count = (capacity * c.hidden_size) as u64;
+        let (matrix, wide) = (count * size, count * device.dtype.residual().size());
+        let rows = match lent.filter(|s| s.activated.bytes() >= 3 * matrix + wide) {
             Some(state) => state.activated.ptr(),
             None => {
-                own.push(device.alloc(4 * matrix)?);
+                own.push(device.alloc(3 * matrix + wide)?);
                 own[0].ptr()
             }
         };
         // The same in every mode, so that results are: what would fit into the buffer that is lent.
         let row = c.vocab_size as u64 * size;
         let room = (capacity as u64 * 2 * c.intermediate_size as u64 * size / row) as usize;
-        let chunk = room.clamp(LEAST_HEAD_ROWS, HEAD_ROWS).min(capacity);
+        let whole_tiles = room / HEAD_TILE * HEAD_TILE;
+        let chunk = whole_tiles.clamp(LEAST_HEAD_ROWS, HEAD_ROWS).min(capacity);
         let logits = match lent.filter(|s| s.gate_up.bytes() >= chunk as u64 * row) {
             Some(state) => state.gate_up.ptr(),
             None => {
@@ -150,9 +160,9 @@ impl HeadBuffers {
         };
         Ok(Self {
             rows,
-            normed: rows + matrix,
-            dnormed: rows + 2 * matrix,
-            drows: rows + 3 * matrix,
+            normed: rows + wide,
+            dnormed: rows + wide + matrix,
+            drows: rows + wide + 2 * matrix,
             roots: device.alloc(capacity as u64 * 4)?,
             logits,
             chunk,
@@ -219,24 +229,29 @@ impl Step {
         };
         let c = &frozen.config;
         let (heads, kv_heads, d) = (c.num_attention_heads, c.num_key_value_heads, c.head_dim);
-        let attention = Plan::new(device, (heads, kv_heads, d), capacity)?;
+        let softcaps = c.variations.attn_logit_softcapping.is_some();
+        let attention = Plan::new(device, (heads, kv_heads, d), softcaps, capacity)?;
         let groups = &lora.groups[0];
         let widths = groups.map(|g| g.width);
         let (q, out) = (groups[1].inputs, groups[0].outputs);
         let (hidden, ffn) = (c.hidden_size, c.intermediate_size);
         let matrix = |columns: usize| device.elements(capacity * columns);
+        let stream = || device.residual_elements(capacity * hidden);
         let floats = |count: usize| device.alloc(count as u64 * 4);
+        let output_norms = c.variations.output_norms;
+        let outputs = || Ok::<_, CudaError>([stream()?, stream()?]);
         let state = || -> Result<State, CudaError> {
             Ok(State {
                 normed: matrix(hidden + widths[0])?,
                 qkv: matrix(out)?,
                 attended: matrix(q + widths[1])?,
                 lse: floats(capacity * c.num_attention_heads)?,
-                middle: matrix(hidden)?,
+                middle: stream()?,
                 middle_normed: matrix(hidden + widths[2])?,
                 gate_up: matrix(2 * ffn + widths[2])?,
                 activated: matrix(ffn + widths[3])?,
-                roots: [floats(capacity)?, floats(capacity)?],
+                outputs: output_norms.then(outputs).transpose()?,
+                roots: [floats(capacity)?, floats(capacity)?, floats(capacity)?, floats(capacity)?],
             })
         };
         // What only a backward pass needs.
@@ -258,8 +273,9 @@ impl Step {
         let head = HeadBuffers::new(device, c, if trains { capacity } else { 0 }, lent)?;
         let rows = capacity as u64 * size;
         let widest = (widths[1].max(widths[3]) + hidden) as u64;
-        let residual: Vec<Buffer> =
-            (0..streams).map(|_| matrix(hidden)).collect::<Result<_, _>>()?;
+        // Lends itself to the gradient of a block's output before its norm.
+        let dqkv = ((out + widths[0]) as u64).max(if output_norms { widest } else { 0 });
+        let residual: Vec<Buffer> = (0..streams).map(|_| stream()).collect::<Result<_, _>>()?;
         let offload = match activations {
             Activations::Offload => Some(Offload::new(device, layers, residual[0].bytes())?),
             _ => None,
@@ -281,7 +297,7 @@ impl Step {
             dhidden: backward(rows * widest)?,
             dnormed: backward(rows * hidden.max(q) as u64)?,
             dactivated: backward(attention_scratch.max(rows * ffn as u64))?,
-            dqkv: backward(rows * (out + widths[0]) as u64)?,
+            dqkv: backward(rows * dqkv)?,
             delta: backward((capacity * c.num_attention_heads) as u64 * 4)?,
             head,
             cosines: device.upload_f32(&cosines)?,
