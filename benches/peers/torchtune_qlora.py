@@ -2,7 +2,7 @@
 
     python3 benches/peers/torchtune_qlora.py keep|recompute [SHAPE]
 
-SHAPE: qwen2.5-3b, gemma-2-2b (of which torchtune caps the last hidden state in place of the logits, at the
+SHAPE: qwen2.5-3b, smollm2-135m, gemma-2-2b (of which torchtune caps the last hidden state in place of the logits, at the
 same cost or less). Random weights, settings as in qlora.py. Needs an NVIDIA GPU, torchtune 0.6.1, torchao
 0.13.0, bitsandbytes.
 """
@@ -15,13 +15,26 @@ import bitsandbytes
 import torch
 from torchtune import training
 from torchtune.models.gemma2 import lora_gemma2_2b
+from torchtune.models.llama3_2._component_builders import lora_llama3_2
 from torchtune.models.qwen2_5 import lora_qwen2_5_3b
 from torchtune.modules import TransformerSelfAttentionLayer
 from torchtune.modules.loss import CEWithChunkedOutputLoss
 from torchtune.modules.peft import get_adapter_params, set_trainable_params
 
 ROWS, LENGTH, ACCUMULATION = 2, 2048, 4
-SHAPES = {"qwen2.5-3b": (lora_qwen2_5_3b, 151936), "gemma-2-2b": (lora_gemma2_2b, 256000)}
+
+
+def lora_smollm2_135m(**lora):
+    return lora_llama3_2(
+        vocab_size=49152, num_layers=30, num_heads=9, num_kv_heads=3, embed_dim=576, max_seq_len=8192,
+        intermediate_dim=1536, norm_eps=1e-5, rope_base=100_000, scale_factor=1, **lora)
+
+
+SHAPES = {
+    "qwen2.5-3b": (lora_qwen2_5_3b, 151936),
+    "gemma-2-2b": (lora_gemma2_2b, 256000),
+    "smollm2-135m": (lora_smollm2_135m, 49152),
+}
 mode, device = sys.argv[1], torch.device("cuda")
 shape = sys.argv[2] if len(sys.argv) > 2 else "qwen2.5-3b"
 make, VOCABULARY = SHAPES[shape]
