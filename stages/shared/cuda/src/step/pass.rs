@@ -97,8 +97,8 @@ impl Pass<'_> {
             let args = args![from, ldg, to, ldy, width, rows];
             self.device.launch(kernel, self.packs(ffn), 256, 0, args)?;
         }
-        let out = self.step.residual(layer + 1);
-        // The backward pass reads what the last norm reads; writing the sum again changes nothing.
+        // The backward pass reads what the last norm reads, but not the sum, whose place may be taken.
+        let out = if whole { self.step.residual(layer + 1) } else { 0 };
         if whole || s.outputs.is_some() {
             return self.leave(layer, 1, s, (s.activated.ptr(), s.middle.ptr()), out);
         }
@@ -106,7 +106,7 @@ impl Pass<'_> {
     }
 
     /// `out = residual + y` for the output y, under its norm where it has one, of attention (block 0)
-    /// or of the feed-forward block (1).
+    /// or of the feed-forward block (1). `out` 0 is left out, where there is a norm.
     fn leave(
         &self,
         layer: usize,
