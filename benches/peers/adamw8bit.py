@@ -61,7 +61,7 @@ m8, v8, m_scale, v_scale, m32, v32 = parts
 relative = lambda a, b: float(numpy.linalg.norm(a.astype("f8") - b) / max(numpy.linalg.norm(b.astype("f8")), 1e-30))
 worst = {"values": 0.0, "scales": 0.0, "states in f32": 0.0}
 codes = {"equal": 0, "adjacent": 0, "further": 0}
-block = {"large": 0, "small": 0}
+block, far = {"large": 0, "small": 0}, []
 for tensor, (start, end) in zip(tensors, bounds):
     state, length = optimizer.state[tensor], end - start
     worst["values"] = max(worst["values"], relative(ours["values"][start:end].numpy(), tensor.detach().cpu().numpy()))
@@ -74,6 +74,10 @@ for tensor, (start, end) in zip(tensors, bounds):
             off = abs(own[start:end].astype(int) - theirs)
             for name, hit in [("equal", off == 0), ("adjacent", off == 1), ("further", off > 1)]:
                 codes[name] += int(hit.sum())
+            own_map = state["qmap" + key].cpu().numpy()
+            for at in numpy.nonzero(off > 1)[0]:
+                a, b = int(own[start:end][at]), int(theirs[at])
+                far.append(f"state {key}: {a} and {b}, values {own_map[a]:.3e} and {own_map[b]:.3e} of the scale")
             absmax = state["absmax" + key].cpu().numpy()
             worst["scales"] = max(worst["scales"], relative(own_scale[first:first + number], absmax))
     else:
@@ -87,5 +91,7 @@ moved = relative(ours["values"].numpy() - values.numpy(), torch.cat([t.detach().
 print(f"bitsandbytes {bitsandbytes.__version__}, {torch.cuda.get_device_name()}: {len(large)} tensors in 8 bits, {len(small)} in 32")
 print("worst relative difference in norm of a tensor:", ", ".join(f"{k} {v:.1e}" for k, v in worst.items()),
       f"; of the way that all went {moved:.1e}")
+for what in far:
+    print("further than adjacent: " + what)
 print("codes:", ", ".join(f"{v} {k}" for k, v in codes.items()))
 print("PASSED" if worst["values"] < 1e-4 and codes["further"] == 0 else "FAILED")

@@ -6,7 +6,9 @@
 FIXTURES holds tiny-models (a plain and an NF4 checkpoint, an adapter, reference outputs in f32 of each family);
 OURS what the first command kept. PyTorch runs as transformers' Trainer has it: weights in the type, adapter in
 f32, autocast; in f16 the loss is scaled. A distance is the norm of the difference over that of the reference.
-Needs torch, transformers, peft and safetensors, and an NVIDIA GPU, on which PyTorch multiplies as in training.
+The packed loss is one number, a mean in which the errors of its tokens cancel by chance: it is shown, and the
+losses of its tokens and the losses of 64 rows are judged. Needs torch, transformers, peft and safetensors, and
+an NVIDIA GPU, on which PyTorch multiplies as in training.
 """
 
 import argparse
@@ -18,7 +20,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-SCALE = 1024.0
+SCALE, ROWS = 1024.0, 64
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
 parser.add_argument("fixtures", type=Path)
@@ -94,12 +96,12 @@ class Run:
         with torch.set_grad_enabled(bool(other)), torch.autocast(kind, self.dtype, enabled=self.dtype != torch.float32):
             return self.model(input_ids=ids, use_cache=False, **other).logits.float()
 
-    def loss(self, ids):
+    def loss(self, ids, labels):
         positions = self.expected["packed_positions"]
         segments = (positions[0] == 0).cumsum(0)
         logits = self.logits(ids, position_ids=positions.to(options.device),
                              attention_mask=masks(self.config, segments, self.dtype))[0, :-1]
-        labels = self.expected["packed_labels"][0, 1:].to(options.device)
+        labels = labels[0, 1:].to(options.device)
         keep = labels != -100
         losses = torch.nn.functional.cross_entropy(logits[keep], labels[keep], reduction="none")
         return logits[keep], labels[keep], losses.mean()
@@ -107,19 +109,25 @@ class Run:
     def train(self, ids):
         scale = SCALE if self.dtype == torch.float16 else 1.0
         trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-        logits, self.labels, loss = self.loss(ids)
+        labels = self.expected["packed_labels"]
+        logits, self.labels, loss = self.loss(ids, labels)
         (loss * scale).backward()
         self.keep("packed_logits", logits)
         self.keep("packed_loss", loss)
         for name, p in trained.items():
             self.keep("grad." + short(name), p.grad / scale)
             p.grad = None
+        at, losses = torch.arange(labels.shape[1]), []
+        for row in range(ROWS):
+            tokens = ((at * 7919 + at * at * 31 + row * 104729) % self.config.vocab_size)[None]
+            losses.append(self.loss(tokens.to(options.device), torch.where(labels == -100, labels, tokens))[2])
+        self.keep("row_losses", torch.stack(losses))
         optimizer = torch.optim.AdamW(trained.values(), lr=1e-2, weight_decay=0.01, betas=(0.9, 0.999), eps=1e-8)
         losses, norms = [], []
         for s in range(10):
             for group in optimizer.param_groups:
                 group["lr"] = 1e-2 * (s / 3 if s < 3 else (10 - s) / 7)
-            loss = self.loss(ids)[2]
+            loss = self.loss(ids, labels)[2]
             (loss * scale).backward()
             for p in trained.values():
                 p.grad /= scale
@@ -155,7 +163,9 @@ def compare(family):
     folder = options.fixtures / "tiny-models" / family
     reference = {n: v.flatten() for n, v in load_file(folder / "expected.safetensors").items()}
     reference |= {"grad." + n: v.flatten() for n, v in load_file(folder / "lora_grads.safetensors").items()}
+    # What the fixtures do not hold, PyTorch gives in f32.
     reference["token_losses"] = token_losses(exact.found["packed_logits"], exact.labels)
+    reference["row_losses"] = exact.found["row_losses"]
     after = load_file(folder / "adapter_after_10_steps/adapter_model.safetensors")
     reference |= {"factor." + short(n): v.flatten() for n, v in after.items()}
     over = 0
@@ -167,6 +177,7 @@ def compare(family):
             rows.append((what, distance(ours[what], reference[what]), distance(theirs.found[what], reference[what])))
         own, their = (token_losses(f["packed_logits"], exact.labels) for f in (ours, theirs.found))
         rows.append(("token losses", distance(own, reference["token_losses"]), distance(their, reference["token_losses"])))
+        rows.append(("losses of 64 rows", *(distance(f["row_losses"], reference["row_losses"]) for f in (ours, theirs.found))))
         rows.append(("packed loss", *(distance(f["packed_loss"], reference["packed_loss"]) for f in (ours, theirs.found))))
         for part, label in [("grad.", "gradients"), ("factor.", "factors, ten steps")]:
             rows.append((label, *(distance(together(f, part), together(reference, part)) for f in (ours, theirs.found))))
@@ -176,9 +187,10 @@ def compare(family):
             rows.append((what, distance(ours[what], reference[what]), distance(theirs.found[what], reference[what])))
         for label, own, their in rows:
             ratio = own / max(their, 1e-12)
-            over += dtype != torch.float32 and ratio > 2
+            judged = dtype != torch.float32 and label != "packed loss"
+            over += judged and ratio > 2
             print(f"{family:7} {name:5} {label:20} ours {own:.2e}  PyTorch {their:.2e}  ratio {ratio:5.2f}"
-                  + ("  ABOVE 2" if ratio > 2 and dtype != torch.float32 else ""), flush=True)
+                  + ("  ABOVE 2" if ratio > 2 and judged else ""), flush=True)
     return over
 
 

@@ -33,7 +33,7 @@ use crate::rows::PackedRows;
 use crate::trainer::{Finished, Trainer};
 
 /// Changes when the same request would give other artifacts.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// The stage kind `train`.
 pub struct Train;

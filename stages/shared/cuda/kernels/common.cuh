@@ -13,6 +13,7 @@ typedef float T;
 #define VECTOR 4
 #define EXP expf
 #define TANH tanhf
+#define QUOTIENT(x, y) ((x) / (y))
 __device__ __forceinline__ float load(float x) { return x; }
 __device__ __forceinline__ T store(float x) { return x; }
 #else
@@ -20,6 +21,7 @@ struct T { u16 bits; };
 #define VECTOR 8
 #define EXP __expf
 #define TANH tanh_fast
+#define QUOTIENT(x, y) __fdividef(x, y)
 // tanh(x) = 1 - 2 / (e^2x + 1), to about 1e-7 absolute.
 __device__ __forceinline__ float tanh_fast(float x) {
   return 1.f - __fdividef(2.f, __expf(2.f * fminf(x, 40.f)) + 1.f);
@@ -78,7 +80,7 @@ __device__ __forceinline__ float round_f16(float x) {
 
 // c tanh(x / c), and its derivative in x.
 __device__ __forceinline__ float softcapped(float x, float c, float& slope) {
-  float t = TANH(x / c);
+  float t = TANH(QUOTIENT(x, c));
   slope = 1.f - t * t;
   return c * t;
 }

@@ -28,13 +28,14 @@ extern "C" __global__ void rms_norm(const R* x, int ldx, const float* w, T* y, i
 }
 
 // y = residual + x * rsqrt(mean(x^2) + eps) * w: how the output of a block with a norm of its own joins the
-// residual stream (Gemma 2). All three in rows of `width`.
+// residual stream (Gemma 2). All three in rows of `width`; y null: the root alone.
 extern "C" __global__ void rms_norm_add(const R* x, const float* w, const R* residual, R* y, float* rstd,
                                         int width, float eps) {
   u64 at = (u64)blockIdx.x * width;
   const RPack *row = (const RPack*)(x + at), *before = (const RPack*)(residual + at);
   RPack* out = (RPack*)(y + at);
   float r = root_of(row, rstd, width, eps);
+  if (!y) return;
   for (int i = threadIdx.x; i < width / VECTOR; i += blockDim.x) {
     RPack p = row[i], q = before[i];
     for (int j = 0; j < VECTOR; j++) put(q.v[j], load(q.v[j]) + load(p.v[j]) * r * w[i * VECTOR + j]);

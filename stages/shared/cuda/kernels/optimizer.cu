@@ -65,6 +65,8 @@ extern "C" __global__ void clip_factor(const double* partials, int count, float 
 
 struct Scalars {
   float beta1, beta2, one_minus_beta1, one_minus_beta2, step, root, eps, decay;
+  float rate, weight_decay;
+  int updates, unused;
 };
 
 // torch.optim.AdamW, in its order of operations.
@@ -93,6 +95,22 @@ __device__ __forceinline__ int encode(const float* map, float x) {
 // A run of elements that share a scale: [start, start + length).
 struct Run { u64 start; u32 length; u32 unused; };
 
+// bitsandbytes' update of a parameter by its new moments, operation by operation: its CUDA code is compiled
+// with --use_fast_math, so that powers, roots and quotients are the hardware's approximations, which leave the
+// correction of the second moment off by up to 1e-4.
+__device__ __forceinline__ float root_fast(float x) {
+  float y;
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float moved(float p, float m, float v, const Scalars& s) {
+  float correction1 = 1.f - __powf(s.beta1, (float)s.updates);
+  float correction2 = root_fast(1.f - __powf(s.beta2, (float)s.updates));
+  float step = __fdividef(-s.rate * correction2, correction1);
+  p += step * __fdividef(m, root_fast(v) + correction2 * s.eps);
+  return s.weight_decay > 0.f ? p * (1.f - s.rate * s.weight_decay) : p;
+}
+
 // bitsandbytes' AdamW8bit over runs of at most 256 elements, one a block; the parameters move by the
 // moments before these are rounded to their codes. Maps: 256 signed values, then 256 unsigned.
 extern "C" __global__ void adamw_8bit(float* p, const float* g, u8* m8, u8* v8, float* m_scale,
@@ -109,9 +127,9 @@ extern "C" __global__ void adamw_8bit(float* p, const float* g, u8* m8, u8* v8, 
   float m = 0.f, v = 0.f;
   if (mine) {
     float d = g[i] * norm[1];
-    m = map[m8[i]] * m_scale[blockIdx.x] * s.beta1 + s.one_minus_beta1 * d;
-    v = map[256 + v8[i]] * v_scale[blockIdx.x] * s.beta2 + s.one_minus_beta2 * d * d;
-    p[i] = (p[i] - s.step * s.root * (m / (sqrtf(v) + s.root * s.eps))) * s.decay;
+    v = map[256 + v8[i]] * v_scale[blockIdx.x] * s.beta2 + (1.f - s.beta2) * d * d;
+    m = map[m8[i]] * m_scale[blockIdx.x] * s.beta1 + (1.f - s.beta1) * d;
+    p[i] = moved(p[i], m, v, s);
   }
   float a = fabsf(m), b = fabsf(v);
   for (int k = 16; k > 0; k >>= 1) {
@@ -124,11 +142,11 @@ extern "C" __global__ void adamw_8bit(float* p, const float* g, u8* m8, u8* v8, 
   for (int k = 1; k < 8; k++) a = fmaxf(a, m_top[k]), b = fmaxf(b, v_top[k]);
   if (threadIdx.x == 0) m_scale[blockIdx.x] = a, v_scale[blockIdx.x] = b;
   if (!mine) return;
-  int code = encode(map, m / (a > 0.f ? a : 1.f));
+  int code = encode(map, __fdividef(m, a > 0.f ? a : 1.f));
   // Rounding must not lose the sign of the moment.
   if (signbit(map[code]) != signbit(m)) code += m > 0.f ? 1 : -1;
   m8[i] = (u8)code;
-  v8[i] = (u8)encode(map + 256, v / (b > 0.f ? b : 1.f));
+  v8[i] = (u8)encode(map + 256, __fdividef(v, b > 0.f ? b : 1.f));
 }
 
 // bitsandbytes' 32-bit update, which its 8-bit optimiser falls back to for small tensors; states lie
@@ -139,7 +157,7 @@ extern "C" __global__ void adamw_bitsandbytes(float* p, const float* g, float* m
   if (threadIdx.x >= run.length) return;
   u64 i = run.start + threadIdx.x, k = (u64)blockIdx.x * 256 + threadIdx.x;
   float d = g[i] * norm[1];
-  m[k] = m[k] * s.beta1 + s.one_minus_beta1 * d;
-  v[k] = v[k] * s.beta2 + s.one_minus_beta2 * d * d;
-  p[i] = (p[i] - s.step * s.root * (m[k] / (sqrtf(v[k]) + s.root * s.eps))) * s.decay;
+  m[k] = m[k] * s.beta1 + (1.f - s.beta1) * d;
+  v[k] = v[k] * s.beta2 + (1.f - s.beta2) * (d * d);
+  p[i] = moved(p[i], m[k], v[k], s);
 }

@@ -134,10 +134,10 @@ impl Attention {
         [base, base + q * size, base + (q + kv) * size]
     }
 
-    /// Scale, softcap and window as the kernels take them. A window as long as the longest segment is
-    /// none.
+    /// Scale, softcap and window as the kernels take them. A window as long as the batch is none; that of
+    /// the longest segment would not do, since a recorded launch serves batches of other segments.
     fn scores(&self) -> (f32, f32, i32) {
-        let window = if self.window < self.longest { self.window as i32 } else { 0 };
+        let window = if self.window < self.n { self.window as i32 } else { 0 };
         (self.scale, self.softcap, window)
     }
 

@@ -75,6 +75,10 @@ struct Scalars {
     root: f32,
     eps: f32,
     decay: f32,
+    rate: f32,
+    weight_decay: f32,
+    updates: i32,
+    unused: i32,
 }
 
 impl Optimizer {
@@ -124,6 +128,10 @@ impl Optimizer {
             root: second.sqrt() as f32,
             eps: self.settings.eps as f32,
             decay: (1.0 - learning_rate * self.settings.weight_decay) as f32,
+            rate: learning_rate as f32,
+            weight_decay: self.settings.weight_decay as f32,
+            updates: power,
+            unused: 0,
         }
     }
 

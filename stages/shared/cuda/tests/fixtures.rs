@@ -155,14 +155,14 @@ fn check_gradients(rig: &Rig, findings: &mut Findings) {
     let count = targets.iter().filter(|t| **t != -100).count() as f32;
     let factor = if findings.dtype == Dtype::F16 { SCALE } else { 1.0 };
     let mut all: Vec<Vec<u32>> = Vec::new();
-    for activations in [Activations::Keep, Activations::Recompute] {
+    for activations in [Activations::Keep, Activations::Recompute, Activations::Offload] {
         let step = rig.step(activations);
         rig.lora.zero_grad(&rig.device).unwrap();
         step.run(&rig.device, &rig.frozen, &rig.lora, batch, factor / count).unwrap();
         let loss = step.take_loss(&rig.device).unwrap() / f64::from(count);
         let mut gradient = rig.lora.read_gradient(&rig.device).unwrap();
         all.push(gradient.iter().map(|g| g.to_bits()).collect());
-        if activations == Activations::Recompute {
+        if activations != Activations::Keep {
             continue;
         }
         gradient.iter_mut().for_each(|g| *g /= factor);
@@ -181,9 +181,23 @@ fn check_gradients(rig: &Rig, findings: &mut Findings) {
         findings.below(5e-4, worst, &format!("{} gradients", rig.family));
     }
     assert_eq!(all[0], all[1], "kept and recomputed activations differ");
+    assert_eq!(all[0], all[2], "kept and offloaded activations differ");
     let step = rig.step(Activations::Keep);
     let logits = step.logits(&rig.device, &rig.frozen, &rig.lora, batch).unwrap();
     findings.keep("packed_logits", &logits);
+    let vocabulary = 512;
+    let losses: Vec<f32> = (0..64)
+        .map(|row| {
+            let token = |i: usize| ((i * 7919 + i * i * 31 + row * 104_729) % vocabulary) as i32;
+            let ids: Vec<i32> = (0..ids.len()).map(token).collect();
+            let target = |i: usize| if targets[i] == -100 { -100 } else { token(i + 1) };
+            let targets: Vec<i32> = (0..ids.len()).map(target).collect();
+            let batch = MicroBatch { tokens: &ids, cu_seqlens: &cu, targets: &targets };
+            step.loss(&rig.device, &rig.frozen, &rig.lora, batch).unwrap();
+            (step.take_loss(&rig.device).unwrap() / f64::from(count)) as f32
+        })
+        .collect();
+    findings.keep("row_losses", &losses);
 }
 
 fn check_ten_steps(rig: &Rig, findings: &mut Findings) {

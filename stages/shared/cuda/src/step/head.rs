@@ -46,7 +46,7 @@ impl Pass<'_> {
         unsafe {
             let args = args![rows, ld, norm, roots, dy, ld, dx, ld, width, add];
             let kernel = ("layer.cu", "rms_norm_backward");
-            device.launch(kernel, [b.targets, 1], 256, 0, args)?;
+            device.launch(kernel, [b.targets, 1], self.row_threads(), 0, args)?;
             let args = args![dx, ld, index, dh, ldo, width];
             device.launch(("layer.cu", "scatter_rows"), [b.targets, 1], 256, 0, args)
         }

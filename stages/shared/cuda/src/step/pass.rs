@@ -97,8 +97,8 @@ impl Pass<'_> {
             let args = args![from, ldg, to, ldy, width, rows];
             self.device.launch(kernel, self.packs(ffn), 256, 0, args)?;
         }
-        let out = self.step.residual(layer + 1);
-        // The backward pass reads what the last norm reads; writing the sum again changes nothing.
+        // The backward pass reads what the last norm reads, but not the sum, whose place may be taken.
+        let out = if whole { self.step.residual(layer + 1) } else { 0 };
         if whole || s.outputs.is_some() {
             return self.leave(layer, 1, s, (s.activated.ptr(), s.middle.ptr()), out);
         }
@@ -106,7 +106,7 @@ impl Pass<'_> {
     }
 
     /// `out = residual + y` for the output y, under its norm where it has one, of attention (block 0)
-    /// or of the feed-forward block (1).
+    /// or of the feed-forward block (1). `out` 0 is left out, where there is a norm.
     fn leave(
         &self,
         layer: usize,
@@ -125,7 +125,8 @@ impl Pass<'_> {
         // SAFETY: matrices of n rows.
         unsafe {
             let args = args![y, norm, residual, out, root, width, eps];
-            self.device.launch(("layer.cu", "rms_norm_add"), [self.b.n, 1], 256, 0, args)
+            let kernel = ("layer.cu", "rms_norm_add");
+            self.device.launch(kernel, [self.b.n, 1], self.row_threads(), 0, args)
         }
     }
 
@@ -230,7 +231,7 @@ impl Pass<'_> {
         // SAFETY: matrices of `rows` rows.
         unsafe {
             let args = args![x, width, w, y, ldy, roots, width, eps];
-            self.device.launch(("layer.cu", "rms_norm"), [rows, 1], 256, 0, args)
+            self.device.launch(("layer.cu", "rms_norm"), [rows, 1], self.row_threads(), 0, args)
         }
     }
 
@@ -250,7 +251,17 @@ impl Pass<'_> {
         unsafe {
             let args = args![x, width, w, roots, dy, lddy, dx, lddx, width, add];
             let kernel = ("layer.cu", "rms_norm_backward");
-            self.device.launch(kernel, [self.b.n, 1], 256, 0, args)
+            self.device.launch(kernel, [self.b.n, 1], self.row_threads(), 0, args)
+        }
+    }
+
+    /// Threads of a block that takes a row of the residual stream, 16 bytes a thread: whole warps, and
+    /// one round where that takes no more than twice the usual 256.
+    pub(super) fn row_threads(&self) -> usize {
+        let vector = 16 / self.device.dtype.size() as usize;
+        match self.frozen.config.hidden_size / vector {
+            packs @ 257..=512 => packs.next_multiple_of(32),
+            _ => 256,
         }
     }
 
