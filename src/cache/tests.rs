@@ -152,7 +152,7 @@ fn one_lease_at_a_time_and_a_dead_holder_s_is_taken_over() {
     drop(lease);
     let mut dead = serde_json::from_value::<serde_json::Value>(json!({
         "host": rustix::system::uname().nodename().to_string_lossy(), "boot": "another boot",
-        "process": 1, "started": 0, "token": "x"
+        "processes": "", "process": 1, "started": 0, "token": "x"
     }))
     .unwrap();
     fs::write(&path, dead.to_string()).unwrap();
