@@ -72,7 +72,7 @@ class Mount:
         call(libc.mount(b"layer", path.encode(), b"fuse.layer", 0, options.encode()))
         self.listings, self.handles, self.open = {}, 0, {}
         self.absent, self.silly = {}, 0
-        self.notices, self.told, self.heard = deque(), threading.Condition(), threading.Event()
+        self.notices, self.told, self.unheard = deque(), threading.Condition(), 0
         threading.Thread(target=self.notify, daemon=True).start()
 
     def notify(self):
@@ -86,14 +86,15 @@ class Mount:
                 os.write(self.fd, notice)
             except OSError:
                 pass
-            if not self.notices:
-                self.heard.set()
+            with self.told:
+                self.unheard -= 1
+                self.told.notify_all()
 
     def tell(self, code, body):
-        self.heard.clear()
         with self.told:
+            self.unheard += 1
             self.notices.append(REPLY.pack(REPLY.size + len(body), code, 0) + body)
-            self.told.notify()
+            self.told.notify_all()
 
     def serve(self):
         """Answers one request."""
@@ -272,11 +273,14 @@ class Mount:
 
     def open_folder(self, ino, *_):
         # Opening a folder asks the server again: what has appeared in it is seen from now on.
-        for name in self.absent.pop(ino, ()):
+        absent = self.absent.get(ino, set())
+        for name in list(absent):
             if self.files.find(ino, name) is not None:
+                absent.discard(name)
                 self.tell(STALE_ENTRY, struct.pack("<QII", ino, len(name), 0) + name + b"\0")
         # Not for long: what is to be told may wait for a request that only this thread can answer.
-        self.heard.wait(0.05) if self.notices else None
+        with self.told:
+            self.told.wait_for(lambda: not self.unheard, 0.05)
         node = self.files.nodes[ino]
         self.handles += 1
         self.listings[self.handles] = [(b".", ino), (b"..", 1), *node.entries.items()]

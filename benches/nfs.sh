@@ -52,7 +52,7 @@ chmod +x "$root/trial/init"
 image="$work/disk.img"
 rm -f "$image"
 mke2fs -q -t ext4 -d "$root" "$image" 6G
-timeout 3000 qemu-system-x86_64 -enable-kvm -cpu host -smp 2 -m 3G -display none -serial stdio -no-reboot -nic none \
+timeout 3000 qemu-system-x86_64 -enable-kvm -cpu host,arch-capabilities=off -smp 2 -m 3G -display none -serial stdio -no-reboot -nic none \
   -kernel "$(ls "$root"/boot/vmlinuz-* | tail -1)" -initrd "$(ls "$root"/boot/initrd.img-* | tail -1)" \
   -drive "file=$image,if=virtio,format=raw,cache=unsafe" \
   -append "root=/dev/vda rw console=ttyS0 quiet panic=-1 init=/trial/init"

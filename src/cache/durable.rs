@@ -40,7 +40,7 @@ pub(crate) fn rename_exclusive(from: &Path, to: &Path) -> io::Result<bool> {
         Ok(()) => Ok(true),
         Err(Errno::EXIST) => Ok(false),
         Err(Errno::INVAL | Errno::NOSYS | Errno::NOTSUP) => link_exclusive(from, to),
-        Err(Errno::NOENT) if staged.is_some() && identity(to) == staged => Ok(true),
+        Err(Errno::NOENT) if has_arrived(staged, to) => Ok(true),
         Err(error) => Err(error.into()),
     }
 }
@@ -76,8 +76,7 @@ fn link_exclusive(from: &Path, to: &Path) -> io::Result<bool> {
 pub(crate) fn link(from: &Path, to: &Path) -> io::Result<()> {
     match fs::hard_link(from, to) {
         Err(error)
-            if error.kind() == io::ErrorKind::AlreadyExists
-                && identity(to).is_some_and(|to| identity(from) == Some(to)) =>
+            if error.kind() == io::ErrorKind::AlreadyExists && has_arrived(identity(from), to) =>
         {
             Ok(())
         }
@@ -89,13 +88,7 @@ pub(crate) fn link(from: &Path, to: &Path) -> io::Result<()> {
 pub(crate) fn rename(from: &Path, to: &Path) -> io::Result<()> {
     let staged = identity(from);
     match fs::rename(from, to) {
-        Err(error)
-            if error.kind() == io::ErrorKind::NotFound
-                && staged.is_some()
-                && identity(to) == staged =>
-        {
-            Ok(())
-        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound && has_arrived(staged, to) => Ok(()),
         other => other,
     }
 }
@@ -105,6 +98,15 @@ pub(crate) fn remove(path: &Path) -> io::Result<()> {
     match fs::remove_file(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         other => other,
+    }
+}
+
+/// Whether a file has got a name although the file system says otherwise.
+fn has_arrived(file: Option<(u64, u64)>, to: &Path) -> bool {
+    let is_there = || identity(to).is_some_and(|there| file == Some(there));
+    is_there() || {
+        look_again(to.parent().unwrap_or(Path::new(".")));
+        is_there()
     }
 }
 
@@ -132,7 +134,9 @@ pub(crate) fn again<T>(mut act: impl FnMut() -> io::Result<T>) -> io::Result<T> 
 /// Makes clients of a network file system see what others have put into a folder: they keep names,
 /// and that there is none, until a folder is opened.
 pub(crate) fn look_again(dir: &Path) {
-    drop(File::open(dir));
+    for dir in dir.parent().into_iter().chain([dir]) {
+        drop(File::open(dir));
+    }
 }
 
 /// Whether a name is what a network file system leaves of an open file that was removed.

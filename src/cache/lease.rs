@@ -67,7 +67,7 @@ pub(super) struct Watched(Mutex<HashMap<String, (SystemTime, Instant)>>);
 
 impl Watched {
     /// Whether a lease has been renewed within [`EXPIRY`] as far as can be known.
-    fn beats(&self, token: &str, beat: SystemTime, now: Instant) -> bool {
+    pub(super) fn beats(&self, token: &str, beat: SystemTime, now: Instant) -> bool {
         if SystemTime::now().duration_since(beat).is_ok_and(|age| age > LONG_DEAD) {
             return false;
         }
