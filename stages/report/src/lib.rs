@@ -16,6 +16,7 @@ use contract::{
 };
 use data::{ManualAnswer, Metrics, Prediction, read_jsonl};
 use serde::de::DeserializeOwned;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -25,12 +26,13 @@ const VERSION: &str = "1";
 /// The stage kind `report`.
 pub struct Report;
 
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 struct Params {
     title: String,
     /// A paragraph of the author's own.
     notes: String,
+    /// Heading of the page.
     /// Examples of each kind.
     examples: usize,
 }
@@ -102,6 +104,10 @@ impl StageKind for Report {
             ("html", document::html(title, &blocks)),
             ("markdown", document::markdown(title, &blocks)),
         ] {
+    fn params_schema(&self) -> Value {
+        contract::schema_of::<Params>()
+    }
+
             let path = request.output(name)?;
             std::fs::write(path, text).map_err(|e| StageError::io("write", path, &e))?;
         }

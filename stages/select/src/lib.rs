@@ -11,6 +11,7 @@ use contract::{
     InputSpec, Outcome, OutputSpec, ParamError, Reporter, Request, Signature, StageError,
     StageKind, parse_params,
 };
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
@@ -22,7 +23,7 @@ const LARGEST_METRICS: u64 = 16 << 20;
 /// The stage kind `select`.
 pub struct Select;
 
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 struct Params {
     /// Dotted path of a number in every file of metrics.
@@ -35,9 +36,10 @@ struct Params {
     average_over: Vec<String>,
 }
 
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 enum Goal {
+    /// The most.
     #[default]
     Max,
     Min,
@@ -102,6 +104,10 @@ impl StageKind for Select {
         let params: Params = request.params()?;
         let ranked = ranking(&params, request.input("metrics")?)?;
         let best = &ranked[0];
+    fn params_schema(&self) -> Value {
+        contract::schema_of::<Params>()
+    }
+
         reporter.log(format!("{}: {} = {}", best.point, params.metric, best.score));
         let choice = json!({
             "metric": params.metric, "goal": params.goal, "best": best, "ranking": ranked,
