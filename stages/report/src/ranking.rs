@@ -94,8 +94,7 @@ pub(crate) fn section(content: &Content, blocks: &mut Vec<Block>) {
         format!("{} prompts set aside for choosing", short(n))
     });
     blocks.push(Block::Text(format!(
-        "{} settings were ranked by {metric} on {on}. None of the numbers of this section is from the \
-         test prompts.",
+        "{} settings were ranked by {metric} on {on}; the test prompts had no part in it.",
         choice.ranking.len()
     )));
     blocks.push(table(choice, best, &metric, fraction));

@@ -207,7 +207,8 @@ fn loss(content: &Content, blocks: &mut Vec<Block>) {
         row
     });
     let header = &["step", "loss", "evaluation loss"][..columns];
-    blocks.push(Block::table(header, rows.collect(), true));
+    let numbers = Block::table(header, rows.collect(), true);
+    blocks.push(Block::Folded("The numbers".to_owned(), Box::new(numbers)));
 }
 
 fn model_and_data(content: &Content, upstream: &[UpstreamRecord], blocks: &mut Vec<Block>) {
@@ -221,7 +222,9 @@ fn model_and_data(content: &Content, upstream: &[UpstreamRecord], blocks: &mut V
         let bytes = size(record.output_bytes.values().sum());
         rows.push(vec![record.stage.clone(), text.join(", "), bytes]);
     }
-    blocks.push(Block::table(&["source", "where from", "size"], rows, false));
+    if !rows.is_empty() {
+        blocks.push(Block::table(&["source", "where from", "size"], rows, false));
+    }
     let number = |v: &Value| v.as_f64().map_or_else(|| v.to_string(), |n| format!("{n}"));
     if let Some(stats) = &content.split_stats {
         let splits = stats["splits"].as_object().into_iter().flatten();
@@ -367,7 +370,8 @@ fn params(upstream: &[UpstreamRecord], blocks: &mut Vec<Block>) {
             rows.push(vec![stage, path, cut(&value)]);
         }
     }
-    blocks.push(Block::table(&["stage", "param", "value"], rows, false));
+    let table = Block::table(&["stage", "param", "value"], rows, false);
+    blocks.push(Block::Folded("Of every stage, defaults included".to_owned(), Box::new(table)));
 }
 
 fn reproduce(blocks: &mut Vec<Block>) {
