@@ -10,6 +10,9 @@ use std::path::{Path, PathBuf};
 use super::{Cache, CacheError, WorkDir, durable};
 use crate::digest::{Digest, Fingerprint};
 
+/// So many folders are flushed by themselves.
+const FEW_FOLDERS: usize = 8;
+
 /// Small objects on their way into the cache, made durable together: one flush of the file system
 /// instead of one a file.
 pub(crate) struct Batch<'a> {
@@ -199,8 +202,9 @@ impl Batch<'_> {
             return Ok(());
         }
         let io = |e| CacheError::io("flush", self.dir.path(), e);
-        let flushed = File::open(self.dir.path()).map_err(io)?;
-        if !durable::flushes_all(&flushed) || rustix::fs::syncfs(&flushed).is_err() {
+        let dir = File::open(self.dir.path()).map_err(io)?;
+        let together = durable::flushes_all(&dir) && rustix::fs::syncfs(&dir).is_ok();
+        if !together {
             for (_, path) in &self.staged {
                 File::open(path).and_then(|f| f.sync_all()).map_err(io)?;
             }
@@ -210,6 +214,10 @@ impl Batch<'_> {
         for (digest, path) in &self.staged {
             self.cache.settle(path, *digest)?;
             folders.extend(self.cache.object_path(*digest).parent().map(Path::to_owned));
+        }
+        // The names: folder by folder only where there are few of them.
+        if together && folders.len() > FEW_FOLDERS && rustix::fs::syncfs(&dir).is_ok() {
+            return Ok(());
         }
         for folder in folders {
             durable::sync_dir(&folder).map_err(|e| CacheError::io("flush", &folder, e))?;

@@ -77,6 +77,10 @@ impl StageKind for Train {
         })
     }
 
+    fn params_schema(&self) -> Value {
+        contract::schema_of::<Params>()
+    }
+
     fn run(&self, request: &Request, reporter: &mut Reporter) -> Result<Outcome, StageError> {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(request.threads).build();
         pool.map_err(StageError::internal)?.install(|| train(request, reporter))
