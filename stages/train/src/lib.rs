@@ -33,7 +33,9 @@ use crate::rows::PackedRows;
 use crate::trainer::{Finished, Trainer};
 
 /// Changes when the same request would give other artifacts.
-const VERSION: u32 = 1;
+///
+/// 2: rates and dynamic maps to the last bit.
+const VERSION: u32 = 2;
 
 /// The stage kind `train`.
 pub struct Train;
