@@ -13,9 +13,10 @@ import json
 import sys
 from pathlib import Path
 
+import loftq_cpu  # noqa: F401
 import numpy as np
 import torch
-from gguf import GGUFReader
+from gguf import GGUFReader, Keys
 from gguf.quants import dequantize, quantize
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
@@ -33,6 +34,11 @@ MODULES = {
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
 }
+GEMMA_NORMS = {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
 OUTER = {
     "model.embed_tokens.weight": "token_embd.weight",
     "model.norm.weight": "output_norm.weight",
@@ -40,12 +46,13 @@ OUTER = {
 }
 
 
-def gguf_name(name):
+def gguf_name(name, config):
     if name in OUTER:
         return OUTER[name]
     _, _, layer, rest = name.split(".", 3)
     module, kind = rest.rsplit(".", 1)
-    return f"blk.{layer}.{MODULES[module]}.{kind}"
+    modules = MODULES | GEMMA_NORMS if config.model_type == "gemma2" else MODULES
+    return f"blk.{layer}.{modules[module]}.{kind}"
 
 
 def permute(values, heads):
@@ -55,14 +62,34 @@ def permute(values, heads):
     return halves.swapaxes(1, 2).reshape(shape)
 
 
+def check_gemma2(reader, config):
+    """The keys of `Gemma2Model.set_gguf_parameters`, under their names in the package."""
+    for key, value in {
+        Keys.LLM.ATTN_LOGIT_SOFTCAPPING: config.attn_logit_softcapping,
+        Keys.LLM.FINAL_LOGIT_SOFTCAPPING: config.final_logit_softcapping,
+        Keys.Attention.SLIDING_WINDOW: config.sliding_window,
+        Keys.Attention.KEY_LENGTH: config.head_dim,
+        Keys.Attention.VALUE_LENGTH: config.head_dim,
+        Keys.Attention.HEAD_COUNT_KV: config.num_key_value_heads,
+        Keys.Attention.LAYERNORM_RMS_EPS: np.float32(config.rms_norm_eps),
+        Keys.LLM.BLOCK_COUNT: config.num_hidden_layers,
+    }.items():
+        found = reader.get_field(key.format(arch="gemma2")).contents()
+        assert found == value, f"{key}: {found}, not {value}"
+
+
 def check_gguf(path, merged, config, source):
     reader = GGUFReader(path)
     assert reader.get_field("general.architecture").contents() == config.model_type
     stored = {t.name: t for t in reader.tensors}
-    assert set(stored) == {gguf_name(name) for name in merged}, sorted(stored)
+    assert set(stored) == {gguf_name(name, config) for name in merged}, sorted(stored)
+    if config.model_type == "gemma2":
+        check_gemma2(reader, config)
     for name, values in merged.items():
-        tensor = stored[gguf_name(name)]
+        tensor = stored[gguf_name(name, config)]
         values = values.numpy()
+        if config.model_type == "gemma2" and name.endswith("norm.weight"):
+            values = values + 1  # `Gemma2Model.modify_tensors` of convert_hf_to_gguf.py
         if config.model_type == "llama" and name.endswith("q_proj.weight"):
             values = permute(values, config.num_attention_heads)
         if config.model_type == "llama" and name.endswith("k_proj.weight"):

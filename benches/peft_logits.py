@@ -3,11 +3,12 @@
     python benches/peft_logits.py BASE ADAPTER OUT ID...
 
 BASE is a model folder, ADAPTER a PEFT folder, OUT a safetensors file that gets `logits
-[n, vocabulary]` for the token ids. Needs peft, torch and transformers.
+[n, vocabulary]` for the token ids. Needs peft, torch and transformers, and bitsandbytes where LoftQ started the adapter.
 """
 
 import sys
 
+import loftq_cpu  # noqa: F401
 import torch
 from peft import PeftModel
 from safetensors.torch import save_file

@@ -91,8 +91,8 @@ impl CpuAnswerer {
     /// Loads the model, and the adapter where there is one.
     pub(crate) fn load(model: &Path, adapter: Option<&Path>) -> Result<Self, StageError> {
         let tokenizer = ModelFolder::open(model)?.tokenizer()?;
-        let model = Model::load(model)?;
-        let adapter = adapter.map(|folder| Adapter::load_peft(folder, &model)).transpose()?;
+        let mut model = Model::load(model)?;
+        let adapter = adapter.map(|folder| model.load_adapter(folder)).transpose()?;
         Ok(Self { tokenizer, model, adapter })
     }
 }

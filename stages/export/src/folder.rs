@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use checkpoint::{
-    ChatTemplate, ModelConfig, ModelFolder, Tokenizer, plan_shards, shard_index, write_bf16,
+    ChatTemplate, Family, ModelConfig, ModelFolder, Tokenizer, plan_shards, shard_index, write_bf16,
 };
 use contract::{Reporter, StageError};
 use half::bf16;
@@ -61,7 +61,7 @@ pub(crate) fn write(
     }
     let config = match base {
         ModelFolder::Safetensors { dir } => copied_config(&dir.join(CONFIG))?,
-        ModelFolder::Gguf { .. } => config_of(merged.config)?,
+        ModelFolder::Gguf { .. } => config_of(merged.config),
     };
     json_file(folder, CONFIG, &config)?;
     match model {
@@ -84,9 +84,9 @@ fn copied_config(path: &Path) -> Result<Value, StageError> {
 }
 
 /// A `config.json` for a model that came as GGUF.
-fn config_of(c: &ModelConfig) -> Result<Value, StageError> {
-    let (model_type, class) = architecture(c.family)?;
-    Ok(json!({
+fn config_of(c: &ModelConfig) -> Value {
+    let (model_type, class) = architecture(c.family);
+    let mut config = json!({
         "architectures": [class],
         "model_type": model_type,
         "hidden_size": c.hidden_size,
@@ -102,7 +102,22 @@ fn config_of(c: &ModelConfig) -> Result<Value, StageError> {
         "tie_word_embeddings": c.tie_word_embeddings,
         "hidden_act": "silu",
         "torch_dtype": "bfloat16",
-    }))
+    });
+    if c.family == Family::Gemma2 {
+        let v = &c.variations;
+        let kind = |layer| match c.sliding_window(layer) {
+            Some(_) => "sliding_attention",
+            None => "full_attention",
+        };
+        config["hidden_act"] = json!("gelu_pytorch_tanh");
+        config["hidden_activation"] = json!("gelu_pytorch_tanh");
+        config["query_pre_attn_scalar"] = json!(v.query_pre_attn_scalar);
+        config["attn_logit_softcapping"] = json!(v.attn_logit_softcapping);
+        config["final_logit_softcapping"] = json!(v.final_logit_softcapping);
+        config["sliding_window"] = json!(v.sliding_windows.iter().flatten().next());
+        config["layer_types"] = (0..c.num_hidden_layers).map(kind).collect();
+    }
+    config
 }
 
 fn copy_companions(from: &Path, folder: &Path) -> Result<(), StageError> {

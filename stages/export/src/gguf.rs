@@ -2,9 +2,7 @@
 
 use std::path::Path;
 
-use checkpoint::{
-    ChatTemplate, GgmlType, GgufWriter, ModelConfig, ModelFolder, gguf_name, gguf_rows,
-};
+use checkpoint::{ChatTemplate, Family, GgmlType, GgufWriter, ModelConfig, ModelFolder, gguf_rows};
 use contract::{Reporter, StageError};
 
 use crate::merged::{Merged, Named, architecture};
@@ -41,7 +39,7 @@ pub(crate) fn write(
     let tensors = merged.tensors();
     let mut places = Vec::with_capacity(tensors.len());
     for tensor in &tensors {
-        let (name, dtype) = place(tensor, kind)?;
+        let (name, dtype) = place(merged, tensor, kind)?;
         head.tensor(&name, dtype, &tensor.1).map_err(StageError::internal)?;
         places.push((name, dtype));
     }
@@ -71,8 +69,12 @@ pub(crate) fn write(
 }
 
 /// Name in GGUF and type of a tensor.
-fn place((name, shape): &Named, kind: GgmlType) -> Result<(String, GgmlType), StageError> {
-    let gguf = gguf_name(name).ok_or_else(|| {
+fn place(
+    merged: &Merged<'_>,
+    (name, shape): &Named,
+    kind: GgmlType,
+) -> Result<(String, GgmlType), StageError> {
+    let gguf = merged.gguf_name(name).ok_or_else(|| {
         StageError::input(format!("`{name}` has no name in GGUF that is known here"))
     })?;
     let dtype = match shape[..] {
@@ -92,7 +94,7 @@ fn matrix_type(name: &str, width: usize, kind: GgmlType) -> GgmlType {
 
 /// Adds the metadata of the architecture.
 fn describe(head: &mut GgufWriter, c: &ModelConfig, kind: GgmlType) -> Result<(), StageError> {
-    let (arch, _) = architecture(c.family)?;
+    let (arch, _) = architecture(c.family);
     head.str("general.architecture", arch);
     head.str("general.type", "model");
     // ggml's `llama_ftype`: mostly F16, mostly Q4_0, mostly Q8_0.
@@ -120,5 +122,46 @@ fn describe(head: &mut GgufWriter, c: &ModelConfig, kind: GgmlType) -> Result<()
     }
     head.f32(&format!("{arch}.rope.freq_base"), c.rope_theta);
     head.f32(&format!("{arch}.attention.layer_norm_rms_epsilon"), c.rms_norm_eps);
+    if c.family == Family::Gemma2 {
+        describe_gemma2(head, c)?;
+    }
+    Ok(())
+}
+
+/// Layers of the one Gemma-2 whose scores llama.cpp scales by the model's width.
+const LAYERS_OF_27B: usize = 46;
+
+/// Adds what llama.cpp reads of a Gemma-2. What it takes for granted has no key, and a model that
+/// differs there would be misread.
+fn describe_gemma2(head: &mut GgufWriter, c: &ModelConfig) -> Result<(), StageError> {
+    let v = &c.variations;
+    let scalar = match c.num_hidden_layers {
+        LAYERS_OF_27B => c.hidden_size / c.num_attention_heads,
+        _ => c.head_dim,
+    };
+    let window = v.sliding_windows.first().copied().flatten();
+    let alternates = (0..c.num_hidden_layers)
+        .all(|layer| c.sliding_window(layer) == window.filter(|_| layer.is_multiple_of(2)));
+    let fault = |what: &str| {
+        StageError::input(format!("GGUF has no place for a Gemma-2 {what}"))
+            .help("`format: safetensors` has")
+    };
+    let (Some(attention), Some(last)) = (v.attn_logit_softcapping, v.final_logit_softcapping)
+    else {
+        return Err(fault("without softcaps"));
+    };
+    let Some(window) = window.filter(|_| alternates) else {
+        return Err(fault("whose window is not that of its even layers"));
+    };
+    if v.query_pre_attn_scalar != Some(scalar as f32) {
+        return Err(fault("with a `query_pre_attn_scalar` of its own"));
+    }
+    if !c.tie_word_embeddings {
+        return Err(fault("whose head is not its embedding"));
+    }
+    head.f32("gemma2.attn_logit_softcapping", attention);
+    head.f32("gemma2.final_logit_softcapping", last);
+    let window = u32::try_from(window).map_err(StageError::internal)?;
+    head.u32("gemma2.attention.sliding_window", window);
     Ok(())
 }

@@ -137,7 +137,7 @@ fn export(
     let config = ModelConfig::read(&model)?;
     let adapter = request
         .optional_input("adapter")
-        .map(|folder| Adapter::load_peft_of(folder, &config))
+        .map(|folder| Adapter::load_peft_to_merge(folder, &config))
         .transpose()?;
     let base = match params.merge_onto {
         Base::Decoded => None,
@@ -150,7 +150,7 @@ fn export(
     };
     let (base, base_config) = base.as_ref().map_or((&model, &config), |(f, c)| (f, c));
     let weights = Weights::open(base, base_config)?;
-    let merged = Merged::new(&weights, base_config, adapter, params.merge_onto)?;
+    let merged = Merged::new(&weights, base_config, adapter, params.merge_onto, params.format)?;
     let out = request.output("model")?;
     std::fs::create_dir(out).map_err(|e| StageError::io("create", out, &e))?;
     let written = match params.format {

@@ -1,10 +1,10 @@
 //! The weights of a model with the adapter added, one tensor at a time.
 
-use checkpoint::{Family, LinearWeight, ModelConfig, ModelFolder, Weights};
+use checkpoint::{Family, LinearWeight, ModelConfig, ModelFolder, Weights, gguf_name};
 use contract::StageError;
 use model::{Adapter, PROJECTIONS};
 
-use crate::Base;
+use crate::{Base, Format};
 
 /// Norms that a layer may have.
 const NORMS: [&str; 4] = [
@@ -23,6 +23,8 @@ pub(crate) struct Merged<'a> {
     pub(crate) config: &'a ModelConfig,
     adapter: Option<Adapter>,
     onto: Base,
+    /// Added to the norms: what the source's norms hold less than those of the format.
+    norm_shift: f32,
 }
 
 impl<'a> Merged<'a> {
@@ -33,6 +35,7 @@ impl<'a> Merged<'a> {
         config: &'a ModelConfig,
         adapter: Option<Adapter>,
         onto: Base,
+        format: Format,
     ) -> Result<Self, StageError> {
         if !config.tie_word_embeddings && !weights.has("lm_head.weight") {
             return Err(StageError::input(
@@ -40,7 +43,26 @@ impl<'a> Merged<'a> {
                  to the embedding",
             ));
         }
-        Ok(Self { weights, config, adapter, onto })
+        // Gemma-2's norms are `1 + w`: transformers stores w, llama.cpp the sum.
+        let has_offset = config.family == Family::Gemma2 && format == Format::Safetensors;
+        let norm_shift = config.variations.norm_offset - f32::from(u8::from(has_offset));
+        Ok(Self { weights, config, adapter, onto, norm_shift })
+    }
+
+    /// llama.cpp's name of a tensor: Gemma-2 names its four norms otherwise.
+    pub(crate) fn gguf_name(&self, name: &str) -> Option<String> {
+        let norm = |(layer, norm): (&str, &str)| {
+            let norm = match norm {
+                "post_attention_layernorm.weight" => "post_attention_norm",
+                "pre_feedforward_layernorm.weight" => "ffn_norm",
+                "post_feedforward_layernorm.weight" => "post_ffw_norm",
+                _ => return None,
+            };
+            Some(format!("blk.{layer}.{norm}.weight"))
+        };
+        let parts = name.strip_prefix("model.layers.").and_then(|rest| rest.split_once('.'));
+        let own = parts.filter(|_| self.config.family == Family::Gemma2).and_then(norm);
+        own.or_else(|| gguf_name(name))
     }
 
     /// Linear layers that the adapter changes.
@@ -87,14 +109,27 @@ impl<'a> Merged<'a> {
                 if self.onto == Base::Original && matches!(weight, LinearWeight::Nf4(_)) {
                     return Err(quantised(name));
                 }
+                let of_loftq = self.adapter.as_ref().is_some_and(|a| a.config.loftq_iter.is_some());
+                if of_loftq && matches!(weight, LinearWeight::Nf4(_)) {
+                    return Err(StageError::input(format!(
+                        "`{name}` has four bits already, and LoftQ started the adapter beside \
+                         those that it makes of whole weights"
+                    ))
+                    .help("wire the model that was trained on as `model`"));
+                }
                 weight.into_f32()
             }
             _ => self.weights.load(name, shape)?,
         };
+        if self.norm_shift != 0.0 && name.ends_with("norm.weight") {
+            for weight in &mut values {
+                *weight += self.norm_shift;
+            }
+        }
         if let Some(adapter) = &self.adapter
             && let Some(factor) = adapter.factor(module)
         {
-            adapter.merge(factor, &mut values);
+            adapter.merge(factor, &mut values)?;
         }
         if let Some(at) = values.iter().position(|v| !v.is_finite()) {
             let message = format!("`{name}`: merged value {at} is {}", values[at]);
@@ -161,16 +196,10 @@ pub(crate) fn check_original(
 }
 
 /// llama.cpp's and transformers' names of a family.
-///
-/// # Errors
-/// Names a family that cannot be written.
-pub(crate) fn architecture(family: Family) -> Result<(&'static str, &'static str), StageError> {
-    if family == Family::Llama {
-        Ok(("llama", "LlamaForCausalLM"))
-    } else if family == Family::Qwen2 {
-        Ok(("qwen2", "Qwen2ForCausalLM"))
-    } else {
-        Err(StageError::input(format!("models of the family {family:?} cannot be written so"))
-            .help("`format: safetensors` can, where the model came as safetensors"))
+pub(crate) fn architecture(family: Family) -> (&'static str, &'static str) {
+    match family {
+        Family::Llama => ("llama", "LlamaForCausalLM"),
+        Family::Qwen2 => ("qwen2", "Qwen2ForCausalLM"),
+        Family::Gemma2 => ("gemma2", "Gemma2ForCausalLM"),
     }
 }

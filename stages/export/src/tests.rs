@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use checkpoint::{GgmlType, Gguf, ModelFolder};
-use model::{Adapter, Model};
-use safetensors::SafeTensors;
+use model::Model;
+use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde_json::{Map, Value, json};
 
 use super::*;
@@ -125,8 +125,8 @@ fn input_ids(family: &str) -> Vec<i32> {
 }
 
 fn logits(folder: &Path, adapter: Option<&Path>, ids: &[i32]) -> Vec<f32> {
-    let model = Model::load(folder).unwrap();
-    let adapter = adapter.map(|a| Adapter::load_peft(a, &model).unwrap());
+    let mut model = Model::load(folder).unwrap();
+    let adapter = adapter.map(|a| model.load_adapter(a).unwrap());
     model.logits(adapter.as_ref(), ids, &[0, 48, 96]).unwrap()
 }
 
@@ -144,7 +144,7 @@ fn stats(dir: &Path) -> Value {
 
 #[test]
 fn fixture_every_format_gives_the_adapters_logits_up_to_its_rounding() {
-    for family in ["llama", "qwen2"] {
+    for family in ["llama", "qwen2", "gemma2"] {
         let (model, adapter) = (with_tokenizer(family, "f32"), tiny(family, "adapter"));
         let ids = input_ids(family);
         let exact = logits(model.path(), Some(&adapter), &ids);
@@ -233,16 +233,31 @@ fn fixture_gguf_keeps_tokens_marks_and_template() {
 
 #[test]
 fn fixture_a_gguf_model_becomes_safetensors_again() {
-    // Through F16 and back: bf16 of the same weights, in transformers' order of rows.
-    let (model, adapter) = (with_tokenizer("llama", "f32"), tiny("llama", "adapter"));
+    for family in ["llama", "gemma2"] {
+        becomes_safetensors_again(family);
+    }
+}
+
+/// Through F16 and back: bf16 of the same weights, in transformers' order of rows and with its norms.
+fn becomes_safetensors_again(family: &str) {
+    let (model, adapter) = (with_tokenizer(family, "f32"), tiny(family, "adapter"));
     let gguf = run(json!({"format": "gguf-f16"}), &[("model", model.path())]).unwrap();
     let gguf = gguf.path().join("model");
     let out = run(json!({}), &[("model", &gguf), ("adapter", &adapter)]).unwrap();
     let folder = out.path().join("model");
-    let ids = input_ids("llama");
+    let ids = input_ids(family);
     let exact = logits(model.path(), Some(&adapter), &ids);
     let off = relative(&logits(&folder, None, &ids), &exact);
-    assert!(off < 4e-2, "{off}");
+    assert!(off < 4e-2, "{family}: {off}");
+    let config = |folder: &Path| ModelConfig::read(&ModelFolder::open(folder).unwrap()).unwrap();
+    assert_eq!(config(&folder), config(model.path()));
+    // A norm that GGUF holds with the 1, and safetensors without it.
+    let [own, again] = [model.path(), &folder].map(|folder| {
+        let folder = ModelFolder::open(folder).unwrap();
+        let config = ModelConfig::read(&folder).unwrap();
+        Weights::open(&folder, &config).unwrap().load("model.norm.weight", &[128]).unwrap()
+    });
+    assert!(own.iter().zip(&again).all(|(a, b)| (a - b).abs() < 5e-3), "{family}");
     let (a, b) = (ModelFolder::open(model.path()).unwrap(), ModelFolder::open(&folder).unwrap());
     for text in TEXTS {
         let encode = |f: &ModelFolder| f.tokenizer().unwrap().encode(text).unwrap();
@@ -250,6 +265,60 @@ fn fixture_a_gguf_model_becomes_safetensors_again() {
     }
     assert_eq!(b.chat_template().unwrap().source, TEMPLATE);
     assert_eq!(a.tokenizer().unwrap().eos(), b.tokenizer().unwrap().eos());
+}
+
+/// A copy of a tiny model whose matrices F16 holds exactly, with a tokenizer.
+fn in_f16(family: &str) -> tempfile::TempDir {
+    let dir = with_tokenizer(family, "f32");
+    let path = dir.path().join("model.safetensors");
+    let bytes = std::fs::read(&path).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let parts: Vec<(String, Vec<usize>, Vec<u8>)> = file
+        .tensors()
+        .into_iter()
+        .map(|(name, view)| {
+            let values = checkpoint::to_f32(view.dtype(), view.data()).unwrap();
+            let matrix = view.shape().len() == 2;
+            let round = |v: f32| if matrix { half::f16::from_f32(v).to_f32() } else { v };
+            let bytes = values.into_iter().flat_map(|v| round(v).to_le_bytes()).collect();
+            (name, view.shape().to_vec(), bytes)
+        })
+        .collect();
+    let views = parts.iter().map(|(name, shape, data)| {
+        (name.as_str(), TensorView::new(Dtype::F32, shape.clone(), data).unwrap())
+    });
+    std::fs::write(&path, safetensors::serialize(views, None).unwrap()).unwrap();
+    dir
+}
+
+#[test]
+fn fixture_a_gguf_that_rounds_nothing_computes_the_same_bits() {
+    for family in ["llama", "qwen2", "gemma2"] {
+        let model = in_f16(family);
+        let out = run(json!({"format": "gguf-f16"}), &[("model", model.path())]).unwrap();
+        let ids = input_ids(family);
+        let found = logits(&out.path().join("model"), None, &ids);
+        assert_eq!(found, logits(model.path(), None, &ids), "{family}");
+        assert!(stats(out.path())["relative_error"].as_f64() < Some(1e-7), "{family}");
+    }
+}
+
+#[test]
+fn fixture_a_gemma2_that_llama_cpp_would_misread_is_refused() {
+    for (field, value, named) in [
+        ("query_pre_attn_scalar", json!(100), "`query_pre_attn_scalar` of its own"),
+        ("final_logit_softcapping", Value::Null, "without softcaps"),
+        ("layer_types", json!(["full_attention", "sliding_attention"]), "window"),
+    ] {
+        let model = with_tokenizer("gemma2", "f32");
+        let path = model.path().join("config.json");
+        let mut config: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+        config[field] = value;
+        std::fs::write(&path, config.to_string()).unwrap();
+        let fault = run(json!({"format": "gguf-f16"}), &[("model", model.path())]).unwrap_err();
+        assert!(fault.message.contains(named), "{}", fault.message);
+        run(json!({}), &[("model", model.path())]).unwrap();
+    }
 }
 
 #[test]
@@ -275,7 +344,7 @@ fn fixture_variants_of_lora_are_merged_as_they_compute() {
     let model = tiny("qwen2", "f32");
     let ids = input_ids("qwen2");
     let plain = logits(&model, None, &ids);
-    for variant in ["rslora", "dora"] {
+    for variant in ["rslora", "dora", "loftq", "loftq_3"] {
         let adapter = peft_variant(variant);
         let inputs = [("model", &*model), ("adapter", &*adapter)];
         let out = run(json!({}), &inputs).unwrap();
@@ -291,12 +360,7 @@ fn fixture_variants_of_lora_are_merged_as_they_compute() {
 
 #[test]
 fn fixture_nf4_models_merge_onto_either_base() {
-    // The repository's copy holds no quantised checkpoint.
-    if std::env::var_os("PIPE_FIXTURES").is_none() {
-        eprintln!("skipped: PIPE_FIXTURES is not set");
-        return;
-    }
-    for family in ["llama", "qwen2"] {
+    for family in ["llama", "qwen2", "gemma2"] {
         let (nf4, full) = (tiny(family, "nf4"), tiny(family, "f32"));
         let (adapter, ids) = (tiny(family, "adapter"), input_ids(family));
         let inputs = [("model", &*nf4), ("adapter", &*adapter), ("original", &*full)];
@@ -362,6 +426,8 @@ fn fixture_pythons_own_libraries_read_every_export() {
         ("llama", tiny("llama", "adapter")),
         ("qwen2", tiny("qwen2", "adapter")),
         ("qwen2", peft_variant("dora")),
+        ("qwen2", peft_variant("loftq")),
+        ("gemma2", tiny("gemma2", "adapter")),
     ] {
         let model = with_tokenizer(family, "f32");
         for format in ["safetensors", "gguf-f16", "gguf-q8_0", "gguf-q4_0"] {

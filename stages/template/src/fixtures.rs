@@ -12,6 +12,8 @@ use super::*;
 #[derive(Deserialize)]
 struct Fixtures {
     templates: BTreeMap<String, String>,
+    /// Of the templates that begin with one.
+    bos_tokens: BTreeMap<String, String>,
     conversations: BTreeMap<String, Conversation>,
     cases: Vec<Case>,
 }
@@ -104,10 +106,10 @@ fn fixture_other_templates_render_as_in_transformers() {
             origin: case.template.clone(),
             source: fixtures.templates[&case.template].clone(),
             tool_source: None,
-            bos_token: String::new(),
+            bos_token: fixtures.bos_tokens.get(&case.template).cloned().unwrap_or_default(),
             eos_token: String::new(),
         };
-        let dialect = Dialect::new(&template, ToolFormat::Native, None).unwrap();
+        let dialect = Dialect::new(&template, ToolFormat::Auto, None).unwrap();
         let Conversation { tools, messages } = &fixtures.conversations[&case.name];
         let turns = dialect.turns(messages, tools);
         let text = turns.render(messages.len(), false).unwrap();

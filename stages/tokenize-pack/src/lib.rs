@@ -18,7 +18,9 @@ use serde_json::{Value, json};
 use crate::pack::{Example, Pack, pack};
 
 /// Changes when the same texts would give other tokens.
-const VERSION: &str = "1";
+///
+/// 2: `wrapped` cuts no example off.
+const VERSION: &str = "2";
 /// Row ids beyond this many are counted, not listed.
 const LISTED: usize = 1000;
 
@@ -73,7 +75,7 @@ enum SpecialTokens {
     Trl,
 }
 
-/// What happens to an example longer than a row.
+/// What happens to an example longer than a row, which `wrapped` goes on with in the next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 enum Truncate {
@@ -185,7 +187,8 @@ fn tokenize(
     for (i, row) in rows.iter().enumerate() {
         let mut example = encode(params, tokenizer, row)
             .map_err(|e| StageError::input(format!("row `{}`: {}", row.id, e.message)))?;
-        if example.ids.len() > params.max_length {
+        // TRL wraps whole examples: nothing is too long for it.
+        if params.pack != Pack::Wrapped && example.ids.len() > params.max_length {
             let length = example.ids.len();
             match params.truncate {
                 Truncate::Error => {
@@ -261,3 +264,6 @@ fn described(file: &TokenFile, tally: &Tally, max_length: usize) -> Value {
         "without_targets": listed(&tally.without_targets),
     })
 }
+
+#[cfg(test)]
+mod tests;

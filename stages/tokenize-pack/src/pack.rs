@@ -99,6 +99,7 @@ fn best_fit_decreasing(lengths: &[usize], capacity: usize) -> Vec<Vec<usize>> {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "tests")]
 mod tests {
     use proptest::prelude::*;
 
@@ -138,6 +139,73 @@ mod tests {
     fn wrapped_cuts_one_string_and_keeps_the_tail() {
         let file = pack(&examples(&[5, 2, 3, 1]), Pack::Wrapped, 4, 1000);
         assert_eq!(rows(&file), [vec![1, 2, 3, 4], vec![5, 6, 7, 8], vec![9, 10, 11]]);
+    }
+
+    /// `benches/fixtures/packing.py` has TRL pack them, 1000 examples at a time.
+    #[derive(Deserialize)]
+    struct Golden {
+        lengths: BTreeMap<String, Vec<usize>>,
+        cases: Vec<GoldenCase>,
+    }
+
+    #[derive(Deserialize)]
+    struct GoldenCase {
+        lengths: String,
+        strategy: Pack,
+        max_length: usize,
+        /// First id and length of every segment of every row.
+        rows: Vec<Vec<(i32, usize)>>,
+    }
+
+    #[test]
+    fn fixture_real_lengths_are_packed_as_trl_packs_them() {
+        let repository = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/fixtures");
+        let named = std::env::var_os("PIPE_FIXTURES").map(std::path::PathBuf::from);
+        let paths =
+            named.into_iter().chain([repository.into()]).map(|dir| dir.join("packing.json"));
+        // Another set of reference outputs may hold models alone.
+        let text = paths.into_iter().find_map(|path| std::fs::read(path).ok()).unwrap();
+        let golden: Golden = serde_json::from_slice(&text).unwrap();
+        assert!(golden.cases.len() >= 12);
+        for case in &golden.cases {
+            let mut next = 0;
+            let examples: Vec<Example> = golden.lengths[&case.lengths]
+                .iter()
+                .map(|length| {
+                    let mut ids: Vec<i32> = (next..next + *length as i32).collect();
+                    next += *length as i32;
+                    // As `truncate: cut` does before packing.
+                    ids.truncate(if case.strategy == Pack::Bfd {
+                        case.max_length
+                    } else {
+                        *length
+                    });
+                    Example { targets: vec![1; ids.len()], ids }
+                })
+                .collect();
+            let file = pack(&examples, case.strategy, case.max_length, 1000);
+            let name = format!("{} {:?} {}", case.lengths, case.strategy, case.max_length);
+            assert_eq!(file.rows(), case.rows.len(), "{name}");
+            let segments: Vec<(i32, usize)> = file
+                .cu_seqlens
+                .windows(2)
+                .map(|w| (file.tokens[w[0] as usize], (w[1] - w[0]) as usize))
+                .collect();
+            assert_eq!(segments, case.rows.concat(), "{name}");
+            let ends: Vec<i32> = case
+                .rows
+                .iter()
+                .scan(0, |end, row| {
+                    *end += row.iter().map(|(_, length)| *length as i32).sum::<i32>();
+                    Some(*end)
+                })
+                .collect();
+            assert_eq!(file.row_offsets[1..], ends, "{name}");
+            for segment in file.cu_seqlens.windows(2) {
+                let mask = &file.label_mask[segment[0] as usize..segment[1] as usize];
+                assert!(mask[0] == 0 && mask[1..].iter().all(|m| *m == 1), "{name}");
+            }
+        }
     }
 
     #[test]

@@ -108,14 +108,18 @@ impl HostLearner<CpuModel> {
         let mut model = Model::load(model)?;
         let mut subtracted = None;
         let adapter = match init_adapter {
-            Some(folder) => start::continued(params, Adapter::load_peft(folder, &model)?)?,
+            Some(folder) => start::continued(params, model.load_adapter(folder)?)?,
             None if params.lora.init == Init::Pissa => {
                 let adapter = Adapter::pissa(&model, &params.lora_config())?;
                 model.subtract(&adapter);
                 subtracted.insert(adapter).clone()
             }
             None => {
-                let mut adapter = start::new_adapter(params, model.config())?;
+                let wanted = params.lora_config();
+                let mut adapter = match params.lora.loftq_iter {
+                    Some(iterations) => model.start_loftq(&wanted, iterations)?,
+                    None => start::new_adapter(params, model.config())?,
+                };
                 if adapter.config.use_dora {
                     adapter.set_magnitudes(&model)?;
                 }

@@ -84,6 +84,9 @@ pub(crate) struct Lora {
     pub(crate) use_dora: bool,
     /// What a new adapter holds.
     pub(crate) init: Init,
+    /// Iterations of `init: loftq`; 1 where that is asked for without a number.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) loftq_iter: Option<u32>,
 }
 
 /// Which adapter is the output.
@@ -152,9 +155,16 @@ impl Default for Params {
 
 impl Default for Lora {
     fn default() -> Self {
-        let targets = PROJECTIONS.map(str::to_owned).to_vec();
-        let init = Init::default();
-        Self { r: 16, alpha: 16.0, dropout: 0.0, targets, use_rslora: false, use_dora: false, init }
+        Self {
+            r: 16,
+            alpha: 16.0,
+            dropout: 0.0,
+            targets: PROJECTIONS.map(str::to_owned).to_vec(),
+            use_rslora: false,
+            use_dora: false,
+            init: Init::default(),
+            loftq_iter: None,
+        }
     }
 }
 
@@ -177,7 +187,21 @@ impl Params {
         parsed.check_numbers()?;
         parsed.check_targets()?;
         parsed.check_dora()?;
+        parsed.check_loftq()?;
         Ok(parsed)
+    }
+
+    fn check_loftq(&mut self) -> Result<(), ParamError> {
+        let fault = match (self.lora.init, self.lora.loftq_iter) {
+            (Init::Loftq, Some(0)) => "must be at least 1",
+            (Init::Loftq, given) => {
+                self.lora.loftq_iter = Some(given.unwrap_or(1));
+                return Ok(());
+            }
+            (_, None) => return Ok(()),
+            (_, Some(_)) => "goes with `init: loftq` alone",
+        };
+        Err(ParamError::at("lora.loftq_iter", fault))
     }
 
     /// Refuses what DoRA does not go with.
@@ -264,6 +288,7 @@ impl Params {
             targets: self.lora.targets.clone(),
             use_rslora: self.lora.use_rslora,
             use_dora: self.lora.use_dora,
+            loftq_iter: None,
         }
     }
 
@@ -323,5 +348,8 @@ mod tests {
         let dora = |key: &str, value: Value| json!({"lora": {"use_dora": true, key: value}});
         assert_eq!(path(dora("dropout", json!(0.1))), "lora.use_dora");
         assert_eq!(path(dora("init", json!("pissa"))), "lora.use_dora");
+        let loftq = |init: &str, n: u32| json!({"lora": {"init": init, "loftq_iter": n}});
+        assert_eq!(path(loftq("loftq", 0)), "lora.loftq_iter");
+        assert_eq!(path(loftq("pissa", 1)), "lora.loftq_iter");
     }
 }

@@ -25,24 +25,31 @@ pub(crate) struct Schedule {
 }
 
 impl Schedule {
-    /// Rate of the step that follows `completed` steps; the first of a warmup is zero.
+    /// Rate of the step that follows `completed` steps; the first of a warmup is zero. Every
+    /// operation is one that transformers does, in its order.
     pub(crate) fn rate(&self, completed: u64) -> f64 {
-        if completed < self.warmup_steps {
-            return self.peak * completed as f64 / self.warmup_steps as f64;
+        self.peak * self.factor(completed as f64, self.warmup_steps as f64)
+    }
+
+    fn factor(&self, completed: f64, warmup: f64) -> f64 {
+        if completed < warmup {
+            return completed / warmup.max(1.0);
         }
-        let span = self.total_steps.saturating_sub(self.warmup_steps).max(1) as f64;
-        let left = self.total_steps.saturating_sub(completed) as f64 / span;
+        let total = self.total_steps as f64;
+        let span = (total - warmup).max(1.0);
         match self.kind {
-            ScheduleKind::Linear => self.peak * left,
-            ScheduleKind::Constant => self.peak,
+            ScheduleKind::Linear => ((total - completed) / span).max(0.0),
+            ScheduleKind::Constant => 1.0,
             ScheduleKind::Cosine => {
-                self.peak * 0.5 * (1.0 + (std::f64::consts::PI * (1.0 - left)).cos())
+                let progress = (completed - warmup) / span;
+                (0.5 * (1.0 + (std::f64::consts::PI * 0.5 * 2.0 * progress).cos())).max(0.0)
             }
         }
     }
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "tests")]
 #[allow(clippy::float_cmp, reason = "equal bits are the claim")]
 mod tests {
     use super::*;
@@ -59,6 +66,31 @@ mod tests {
             assert!((s.rate(completed) - rate).abs() < 1e-9, "{completed}");
         }
         assert!((s.rate(119) - 1.818_18e-6).abs() < 1e-11);
+    }
+
+    /// `benches/fixtures/schedules.py` has transformers compute them.
+    #[test]
+    fn rates_are_those_of_transformers_to_the_bit() {
+        let golden = include_str!("../../../tests/fixtures/schedules.json");
+        let golden: serde_json::Value = serde_json::from_str(golden).unwrap();
+        let cases = golden.as_array().unwrap();
+        assert_eq!(cases.len(), 12);
+        for case in cases {
+            let kind = serde_json::from_value(case["kind"].clone()).unwrap();
+            let number = |key: &str| case[key].as_u64().unwrap();
+            let (warmup_steps, total_steps) = (number("warmup_steps"), number("total_steps"));
+            let peak = case["peak"].as_f64().unwrap();
+            let s = Schedule { kind, peak, warmup_steps, total_steps };
+            let rates: Vec<f64> = (0..=total_steps).map(|step| s.rate(step)).collect();
+            let expected: Vec<f64> = serde_json::from_value(case["rates"].clone()).unwrap();
+            if kind == ScheduleKind::Cosine {
+                // The cosine is that of the platform's library.
+                let near = |(a, b): (&f64, &f64)| (a - b).abs() <= 1e-15 * peak;
+                assert!(rates.iter().zip(&expected).all(near), "{s:?}");
+            } else {
+                assert_eq!(rates, expected, "{s:?}");
+            }
+        }
     }
 
     #[test]

@@ -8,7 +8,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use contract::{Fault, PROTOCOL};
-use safetensors::tensor::{Dtype, TensorView};
+use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 
 use super::*;
 
@@ -232,6 +232,8 @@ fn every_kind_of_adapter_gives_the_same_bytes_twice_and_after_a_kill() {
         json!({"r": 4, "alpha": 8, "use_rslora": true, "init": "gaussian"}),
         json!({"r": 4, "alpha": 8, "init": "pissa"}),
         json!({"r": 4, "alpha": 8, "use_dora": true}),
+        json!({"r": 4, "alpha": 8, "init": "loftq", "loftq_iter": 2}),
+        json!({"r": 4, "alpha": 8, "init": "loftq", "use_dora": true}),
     ] {
         let mut space = Space::new();
         let params = exact(lora);
@@ -246,6 +248,144 @@ fn every_kind_of_adapter_gives_the_same_bytes_twice_and_after_a_kill() {
         assert_eq!(space.artifacts("whole"), space.artifacts("resumed"), "{params}");
         assert_eq!(space.artifacts("whole"), space.artifacts("again"), "{params}");
     }
+}
+
+/// Eleven rows of one to four segments that differ in length and in how many of their tokens count.
+fn write_unequal_tokens(path: &Path) {
+    let mut file = TokenFile { cu_seqlens: vec![0], row_offsets: vec![0], ..TokenFile::default() };
+    for row in 0..11usize {
+        for part in 0..1 + row % 4 {
+            let length = 2 + (row * 5 + part * 7) % 11;
+            file.tokens.extend((0..length).map(|i| ((i * (3 + part) + row) % VOCABULARY) as i32));
+            file.label_mask.extend((0..length).map(|i| u8::from((i + row) % 3 > row % 2)));
+            file.cu_seqlens.push(file.tokens.len() as i32);
+        }
+        file.row_offsets.push(file.tokens.len() as i32);
+    }
+    file.write(path).unwrap();
+}
+
+#[test]
+fn four_batches_of_two_are_one_of_eight_whatever_counts_in_each() {
+    let mut space = Space::new();
+    write_unequal_tokens(&space.path("tokens"));
+    let mut run = |name: &str, batch: usize, accumulation: usize| -> Vec<(f64, f64)> {
+        let mut params = exact(json!({"r": 4, "alpha": 8}));
+        params["batch_size"] = json!(batch);
+        params["gradient_accumulation"] = json!(accumulation);
+        space.attempts.clear();
+        space.run(name, &params).unwrap();
+        let lines: Vec<Value> = data::read_jsonl(&space.path(name).join("log")).unwrap();
+        let number = |line: &Value, key: &str| line[key].as_f64().unwrap();
+        lines.iter().map(|l| (number(l, "loss"), number(l, "grad_norm"))).collect()
+    };
+    let (split, whole) = (run("split", 2, 4), run("whole", 8, 1));
+    // Eleven rows are a step of eight and one of three.
+    assert_eq!(split.len(), 12);
+    for (step, (split, whole)) in split.iter().zip(&whole).enumerate() {
+        for (a, b) in [(split.0, whole.0), (split.1, whole.1)] {
+            assert!((a - b).abs() < 1e-5 * b, "step {}: {a} {b}", step + 1);
+        }
+    }
+}
+
+#[test]
+fn every_optimizer_gives_the_same_bytes_twice_and_after_a_kill() {
+    // Factors of 4,096 elements have their moments in eight bits; half of them have fewer.
+    let wide = json!({"r": 256, "alpha": 256, "dropout": 0.1, "targets": ["q_proj", "k_proj"]});
+    for (optimizer, schedule) in [("adamw", "cosine"), ("adamw_8bit", "linear")] {
+        let mut space = Space::new();
+        let mut params = exact(wide.clone());
+        params["optimizer"] = json!(optimizer);
+        params["schedule"] = json!(schedule);
+        params["learning_rate"] = json!(2e-3);
+        params["select"] = json!("best");
+        space.run("whole", &params).unwrap();
+        let outcome = space.run("resumed", &params).unwrap();
+        assert_eq!(outcome.telemetry["resumed_from_step"], 10, "{optimizer}");
+        space.attempts.clear();
+        space.run("again", &params).unwrap();
+        let losses = space.losses("whole");
+        assert!(losses[11] < losses[0] - 0.1, "{optimizer} {losses:?}");
+        assert_eq!(space.artifacts("whole"), space.artifacts("resumed"), "{optimizer}");
+        assert_eq!(space.artifacts("whole"), space.artifacts("again"), "{optimizer}");
+    }
+}
+
+/// The stage on a tiny model in four bits against ten steps of PEFT and torch.
+#[test]
+fn fixture_ten_steps_of_the_stage_follow_torch() {
+    let fixtures = std::env::var_os("PIPE_FIXTURES").map_or_else(
+        || PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures"),
+        PathBuf::from,
+    );
+    for family in ["llama", "qwen2", "gemma2"] {
+        let folder = fixtures.join("tiny-models").join(family);
+        let raw = fs::read(folder.join("expected.safetensors")).unwrap();
+        let expected = SafeTensors::deserialize(&raw).unwrap();
+        let mut space = Space::new();
+        write_packed_row(&space.path("tokens"), &expected);
+        let params = json!({
+            "lora": {"r": 8, "alpha": 16}, "max_steps": 10, "learning_rate": 1e-2,
+            "warmup_steps": 3, "weight_decay": 0.01, "max_grad_norm": 1.0, "batch_size": 1,
+            "gradient_accumulation": 1,
+        });
+        let mut request = space.request("run", &params);
+        request.inputs.remove("eval_tokens");
+        request.inputs.insert("model".to_owned(), folder.join("nf4"));
+        request.inputs.insert("init_adapter".to_owned(), folder.join("adapter"));
+        Train.run(&request, &mut Reporter::silent()).unwrap();
+        let lines: Vec<Value> = data::read_jsonl(&space.path("run").join("log")).unwrap();
+        for (key, name) in [("loss", "adamw_losses"), ("grad_norm", "adamw_grad_norms")] {
+            let wanted = expected.tensor(name).unwrap().data().as_chunks::<8>().0;
+            assert_eq!(lines.len(), wanted.len());
+            for (line, wanted) in lines.iter().zip(wanted) {
+                let (found, wanted) = (line[key].as_f64().unwrap(), f64::from_le_bytes(*wanted));
+                let off = (found - wanted).abs() / wanted;
+                assert!(off < 1e-4, "{family} {key}: {found} instead of {wanted}");
+            }
+        }
+        let factors = |folder: &Path| fs::read(folder.join("adapter_model.safetensors")).unwrap();
+        let (ours, theirs) =
+            (factors(&space.path("run/adapter")), factors(&folder.join("adapter_after_10_steps")));
+        let (ours, theirs) =
+            (SafeTensors::deserialize(&ours).unwrap(), SafeTensors::deserialize(&theirs).unwrap());
+        assert_eq!(ours.len(), theirs.len());
+        for (name, view) in theirs.tensors() {
+            let floats = |bytes: &[u8]| -> Vec<f64> {
+                bytes.as_chunks::<4>().0.iter().map(|b| f64::from(f32::from_le_bytes(*b))).collect()
+            };
+            let norm = |x: &mut dyn Iterator<Item = f64>| x.map(|v| v * v).sum::<f64>().sqrt();
+            let (found, wanted) = (floats(ours.tensor(&name).unwrap().data()), floats(view.data()));
+            let off = norm(&mut found.iter().zip(&wanted).map(|(a, b)| a - b))
+                / norm(&mut wanted.iter().copied());
+            assert!(off < 1e-3, "{family} {name}: {off}");
+        }
+    }
+}
+
+/// The packed row of a tiny model, as a token file.
+fn write_packed_row(path: &Path, expected: &SafeTensors<'_>) {
+    let ints = |name: &str| -> Vec<i32> {
+        let view = expected.tensor(name).unwrap();
+        let size = view.data().len() / view.shape().iter().product::<usize>();
+        view.data()
+            .chunks_exact(size)
+            .map(|b| i32::from_le_bytes(b[..4].try_into().unwrap()))
+            .collect()
+    };
+    let (positions, labels) = (ints("packed_positions"), ints("packed_labels"));
+    let len = labels.len();
+    let mut cu_seqlens: Vec<i32> =
+        (0..len).filter(|i| positions[*i] == 0).map(|i| i as i32).collect();
+    cu_seqlens.push(len as i32);
+    let file = TokenFile {
+        tokens: ints("input_ids")[..len].to_vec(),
+        cu_seqlens,
+        row_offsets: vec![0, len as i32],
+        label_mask: labels.iter().map(|label| u8::from(*label != -100)).collect(),
+    };
+    file.write(path).unwrap();
 }
 
 #[test]

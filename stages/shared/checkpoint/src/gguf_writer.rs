@@ -58,6 +58,11 @@ impl GgufWriter {
         self.array(key, I32, values.len(), values.iter().flat_map(|v| v.to_le_bytes()));
     }
 
+    /// Adds an array of 32-bit floats.
+    pub fn f32s(&mut self, key: &str, values: &[f32]) {
+        self.array(key, F32, values.len(), values.iter().flat_map(|v| v.to_le_bytes()));
+    }
+
     fn array(&mut self, key: &str, of: u32, len: usize, items: impl Iterator<Item = u8>) {
         let mut value = of.to_le_bytes().to_vec();
         value.extend((len as u64).to_le_bytes());

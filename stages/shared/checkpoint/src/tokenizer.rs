@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
-use crate::{CheckpointError, Gguf, ModelFolder};
+use crate::{CheckpointError, Gguf, ModelFolder, sentencepiece};
 
 /// Longest run of white space that the pre-tokenizer's regex engine is trusted with.
 const MAX_BLANK_RUN: usize = 100_000;
@@ -148,11 +148,30 @@ fn from_folder(dir: &Path) -> Result<Tokenizer, CheckpointError> {
 }
 
 fn from_gguf(gguf: &Gguf) -> Result<Tokenizer, CheckpointError> {
+    let (whole, adds_bos) = match gguf.str("tokenizer.ggml.model")? {
+        "gpt2" => (bytes_of_gguf(gguf)?, false),
+        "llama" => (sentencepiece::from_gguf(gguf)?.to_json(), true),
+        model => {
+            let what =
+                format!("tokenizer model `{model}` is not supported (supported: gpt2, llama)");
+            return Err(CheckpointError::content(gguf.path(), what));
+        }
+    };
+    let inner = serde_json::from_value::<tokenizers::Tokenizer>(whole)
+        .map_err(|e| CheckpointError::content(gguf.path(), format!("tokenizer: {e}")))?;
+    let id = |key: &str| gguf.u64(key).ok().and_then(|id| u32::try_from(id).ok());
+    let says = gguf.metadata("tokenizer.ggml.add_bos_token").and_then(crate::Metadata::as_bool);
+    Ok(Tokenizer {
+        inner,
+        bos: id("tokenizer.ggml.bos_token_id"),
+        eos: id("tokenizer.ggml.eos_token_id"),
+        adds_bos: says.unwrap_or(adds_bos),
+    })
+}
+
+/// A `tokenizer.json` of byte-level BPE.
+fn bytes_of_gguf(gguf: &Gguf) -> Result<Value, CheckpointError> {
     let refuse = |what: String| Err(CheckpointError::content(gguf.path(), what));
-    let model = gguf.str("tokenizer.ggml.model")?;
-    if model != "gpt2" {
-        return refuse(format!("tokenizer model `{model}` is not supported (supported: gpt2)"));
-    }
     let pre = gguf.str("tokenizer.ggml.pre").unwrap_or("default");
     let Some((normalizer, pre_tokenizer, ignore_merges)) = pre_tokenizer(pre) else {
         return refuse(format!(
@@ -184,24 +203,14 @@ fn from_gguf(gguf: &Gguf) -> Result<Tokenizer, CheckpointError> {
         .collect();
     let byte_level = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true,
         "use_regex": true});
-    let whole = json!({
+    Ok(json!({
         "version": "1.0", "truncation": null, "padding": null, "added_tokens": added,
         "normalizer": normalizer, "pre_tokenizer": pre_tokenizer, "post_processor": null,
         "decoder": byte_level,
         "model": {"type": "BPE", "dropout": null, "unk_token": null,
             "continuing_subword_prefix": null, "end_of_word_suffix": null, "fuse_unk": false,
             "byte_fallback": false, "ignore_merges": ignore_merges, "vocab": vocab, "merges": pairs},
-    });
-    let inner = serde_json::from_value::<tokenizers::Tokenizer>(whole)
-        .map_err(|e| CheckpointError::content(gguf.path(), format!("tokenizer: {e}")))?;
-    let id = |key: &str| gguf.u64(key).ok().and_then(|id| u32::try_from(id).ok());
-    let adds_bos = gguf.metadata("tokenizer.ggml.add_bos_token").and_then(crate::Metadata::as_bool);
-    Ok(Tokenizer {
-        inner,
-        bos: id("tokenizer.ggml.bos_token_id"),
-        eos: id("tokenizer.ggml.eos_token_id"),
-        adds_bos: adds_bos.unwrap_or(false),
-    })
+    }))
 }
 
 /// Normaliser, pre-tokenizer and `ignore_merges` behind llama.cpp's name for them, as the models'

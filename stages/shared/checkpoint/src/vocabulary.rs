@@ -1,32 +1,52 @@
-//! A byte-level BPE vocabulary in GGUF's terms, from either kind of model folder.
+//! A vocabulary in GGUF's terms, from either kind of model folder: byte-level BPE, or SentencePiece's.
 
 use serde_json::Value;
 
+use crate::sentencepiece::{self, Pieces};
 use crate::tokenizer::{pre_tokenizer, read_json, token_text};
 use crate::{CheckpointError, Gguf, GgufWriter, ModelFolder};
 
 /// llama.cpp's names of the pre-tokenizers that are known here.
 const PRE_TOKENIZERS: [&str; 4] = ["gpt-2", "smollm", "qwen2", "llama-bpe"];
+/// llama.cpp's score of a token that nothing becomes.
+const UNUSED_SCORE: f32 = -10_000.0;
 /// Most tokens of a vocabulary: four times the largest in use.
 const MAX_TOKENS: usize = 1 << 20;
 
 /// ggml's token types.
-const NORMAL: i32 = 1;
-const CONTROL: i32 = 3;
-const USER_DEFINED: i32 = 4;
-const UNUSED: i32 = 5;
+pub(crate) const NORMAL: i32 = 1;
+pub(crate) const CONTROL: i32 = 3;
+pub(crate) const USER_DEFINED: i32 = 4;
+pub(crate) const UNUSED: i32 = 5;
 
-/// Tokens, merges and marks of a byte-level BPE tokenizer.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// How text becomes tokens.
+#[derive(Clone, Debug, PartialEq)]
+pub enum VocabularyKind {
+    /// Byte-level BPE: ggml's model `gpt2`.
+    Bytes {
+        /// llama.cpp's name of the pre-tokenizer, such as `qwen2`.
+        pre: String,
+        /// Pairs `left right` in order of preference.
+        merges: Vec<String>,
+    },
+    /// SentencePiece's BPE with byte fallback: ggml's model `llama`.
+    Pieces {
+        /// Of each token; the highest is merged first.
+        scores: Vec<f32>,
+        /// Texts get a space in front.
+        adds_space: bool,
+    },
+}
+
+/// Tokens, their kind and the marks of a tokenizer.
+#[derive(Clone, Debug, PartialEq)]
 pub struct Vocabulary {
-    /// llama.cpp's name of the pre-tokenizer, such as `qwen2`.
-    pub pre: String,
+    /// How text becomes tokens.
+    pub kind: VocabularyKind,
     /// Text of each token by id; ids that no token has are `[PADn]`.
     pub tokens: Vec<String>,
     /// ggml's type of each token.
     pub types: Vec<i32>,
-    /// Pairs `left right` in order of preference.
-    pub merges: Vec<String>,
     /// Id that begins a text.
     pub bos: Option<u32>,
     /// Id that ends a text.
@@ -43,8 +63,8 @@ impl ModelFolder {
     /// Reads the vocabulary of a model whose embedding has `rows` rows.
     ///
     /// # Errors
-    /// [`CheckpointError`] where the tokenizer is missing, is not byte-level BPE with one of
-    /// llama.cpp's pre-tokenizers, or has tokens beyond the embedding.
+    /// [`CheckpointError`] where the tokenizer is missing, is neither SentencePiece's BPE nor
+    /// byte-level BPE with one of llama.cpp's pre-tokenizers, or has tokens beyond the embedding.
     pub fn vocabulary(&self, rows: usize) -> Result<Vocabulary, CheckpointError> {
         let mut vocabulary = match self {
             Self::Gguf { gguf } => from_gguf(gguf)?,
@@ -78,6 +98,9 @@ impl ModelFolder {
         // Embeddings are often padded to a round number of rows; llama.cpp wants a token a row.
         vocabulary.tokens.extend((count..rows).map(|id| format!("[PAD{id}]")));
         vocabulary.types.resize(rows, UNUSED);
+        if let VocabularyKind::Pieces { scores, .. } = &mut vocabulary.kind {
+            scores.resize(rows, UNUSED_SCORE);
+        }
         Ok(vocabulary)
     }
 }
@@ -85,11 +108,21 @@ impl ModelFolder {
 impl Vocabulary {
     /// Adds the metadata `tokenizer.ggml.*`.
     pub fn write(&self, gguf: &mut GgufWriter) {
-        gguf.str("tokenizer.ggml.model", "gpt2");
-        gguf.str("tokenizer.ggml.pre", &self.pre);
+        let (model, pre) = match &self.kind {
+            VocabularyKind::Bytes { pre, .. } => ("gpt2", pre.as_str()),
+            VocabularyKind::Pieces { .. } => ("llama", "default"),
+        };
+        gguf.str("tokenizer.ggml.model", model);
+        gguf.str("tokenizer.ggml.pre", pre);
         gguf.strings("tokenizer.ggml.tokens", &self.tokens);
         gguf.i32s("tokenizer.ggml.token_type", &self.types);
-        gguf.strings("tokenizer.ggml.merges", &self.merges);
+        match &self.kind {
+            VocabularyKind::Bytes { merges, .. } => gguf.strings("tokenizer.ggml.merges", merges),
+            VocabularyKind::Pieces { scores, adds_space } => {
+                gguf.f32s("tokenizer.ggml.scores", scores);
+                gguf.bool("tokenizer.ggml.add_space_prefix", *adds_space);
+            }
+        }
         for (mark, id) in [
             ("bos", self.bos),
             ("eos", self.eos),
@@ -106,37 +139,63 @@ impl Vocabulary {
 
 fn from_gguf(gguf: &Gguf) -> Result<Vocabulary, CheckpointError> {
     let refuse = |what: String| Err(CheckpointError::content(gguf.path(), what));
-    let model = gguf.str("tokenizer.ggml.model")?;
-    if model != "gpt2" {
-        return refuse(format!("tokenizer model `{model}` is not supported (supported: gpt2)"));
-    }
-    let owned = |texts: Vec<&str>| texts.into_iter().map(str::to_owned).collect();
-    let tokens: Vec<String> = owned(gguf.strings("tokenizer.ggml.tokens")?);
-    let mut types = gguf.integers("tokenizer.ggml.token_type").unwrap_or_default();
-    types.resize(tokens.len(), NORMAL.into());
     let id = |mark: &str| {
         let id = gguf.u64(&format!("tokenizer.ggml.{mark}_token_id")).ok()?;
         u32::try_from(id).ok()
     };
     let adds_bos = gguf.metadata("tokenizer.ggml.add_bos_token").and_then(crate::Metadata::as_bool);
+    let parts = match gguf.str("tokenizer.ggml.model")? {
+        "gpt2" => bytes_of_gguf(gguf)?,
+        "llama" => Vocabulary::of_pieces(sentencepiece::from_gguf(gguf)?),
+        model => {
+            return refuse(format!(
+                "tokenizer model `{model}` is not supported (supported: gpt2, llama)"
+            ));
+        }
+    };
     Ok(Vocabulary {
-        pre: gguf.str("tokenizer.ggml.pre").unwrap_or("default").to_owned(),
-        types: types.into_iter().map(|t| t as i32).collect(),
-        merges: owned(gguf.strings("tokenizer.ggml.merges")?),
         bos: id("bos"),
         eos: id("eos"),
         padding: id("padding"),
         unknown: id("unknown"),
-        adds_bos: adds_bos.unwrap_or(false),
-        tokens,
+        adds_bos: adds_bos.unwrap_or(matches!(parts.kind, VocabularyKind::Pieces { .. })),
+        ..parts
     })
+}
+
+/// Byte-level BPE without its marks.
+fn bytes_of_gguf(gguf: &Gguf) -> Result<Vocabulary, CheckpointError> {
+    let owned = |texts: Vec<&str>| texts.into_iter().map(str::to_owned).collect();
+    let tokens: Vec<String> = owned(gguf.strings("tokenizer.ggml.tokens")?);
+    let mut types = gguf.integers("tokenizer.ggml.token_type").unwrap_or_default();
+    types.resize(tokens.len(), NORMAL.into());
+    let kind = VocabularyKind::Bytes {
+        pre: gguf.str("tokenizer.ggml.pre").unwrap_or("default").to_owned(),
+        merges: owned(gguf.strings("tokenizer.ggml.merges")?),
+    };
+    Ok(Vocabulary::unmarked(kind, tokens, types.into_iter().map(|t| t as i32).collect()))
+}
+
+impl Vocabulary {
+    fn unmarked(kind: VocabularyKind, tokens: Vec<String>, types: Vec<i32>) -> Self {
+        let (bos, eos, padding, unknown) = (None, None, None, None);
+        Self { kind, tokens, types, bos, eos, padding, unknown, adds_bos: false }
+    }
+
+    fn of_pieces(pieces: Pieces) -> Self {
+        let Pieces { tokens, types, scores, adds_space } = pieces;
+        Self::unmarked(VocabularyKind::Pieces { scores, adds_space }, tokens, types)
+    }
 }
 
 /// Reads a `tokenizer.json`; marks are in another file.
 fn from_json(json: &Value) -> Result<Vocabulary, String> {
     let model = &json["model"];
-    if model["type"] != "BPE" || model["byte_fallback"] == true {
-        return Err(format!("a `{}` tokenizer, not byte-level BPE", model["type"]));
+    if sentencepiece::is_of_this_kind(json) {
+        return sentencepiece::from_json(json).map(Vocabulary::of_pieces);
+    }
+    if model["type"] != "BPE" {
+        return Err(format!("a `{}` tokenizer, not BPE", model["type"]));
     }
     let ignore_merges = model["ignore_merges"] == true;
     let pre =
@@ -157,17 +216,9 @@ fn from_json(json: &Value) -> Result<Vocabulary, String> {
     }
     let merges = model["merges"].as_array().ok_or("it has no merges")?;
     let (tokens, types) = tokens.finish();
-    Ok(Vocabulary {
-        pre: pre.to_owned(),
-        tokens,
-        types,
-        merges: merges.iter().map(merge).collect::<Option<_>>().ok_or("a merge is no pair")?,
-        bos: None,
-        eos: None,
-        padding: None,
-        unknown: None,
-        adds_bos: false,
-    })
+    let merges: Option<Vec<String>> = merges.iter().map(merge).collect();
+    let merges = merges.ok_or("a merge is no pair")?;
+    Ok(Vocabulary::unmarked(VocabularyKind::Bytes { pre: pre.to_owned(), merges }, tokens, types))
 }
 
 /// A merge as `"left right"`, from that or from `["left", "right"]`.
@@ -182,10 +233,11 @@ fn merge(value: &Value) -> Option<String> {
 
 /// Tokens by id.
 #[derive(Default)]
-struct Table(Vec<Option<(String, i32)>>);
+pub(crate) struct Table(Vec<Option<(String, i32)>>);
 
 impl Table {
-    fn set(&mut self, id: &Value, text: &str, kind: i32) -> Result<(), String> {
+    /// Gives an id its token; the last kind counts.
+    pub(crate) fn set(&mut self, id: &Value, text: &str, kind: i32) -> Result<(), String> {
         let id = id.as_u64().map(|id| id as usize).filter(|id| *id < MAX_TOKENS);
         let id = id.ok_or_else(|| format!("token `{text}` has no id below {MAX_TOKENS}"))?;
         if id >= self.0.len() {
@@ -202,7 +254,8 @@ impl Table {
         }
     }
 
-    fn finish(self) -> (Vec<String>, Vec<i32>) {
+    /// Texts and kinds by id; gaps are unused.
+    pub(crate) fn finish(self) -> (Vec<String>, Vec<i32>) {
         let or_unused = |(id, token): (usize, Option<(String, i32)>)| {
             token.unwrap_or_else(|| (format!("[PAD{id}]"), UNUSED))
         };
@@ -257,16 +310,19 @@ mod tests {
     #[test]
     fn tokens_get_their_types_and_gaps_are_unused() {
         let read = from_json(&tokenizer("qwen2")).unwrap();
-        assert_eq!(read.pre, "qwen2");
+        let VocabularyKind::Bytes { pre, merges } = read.kind else { panic!("no bytes") };
+        assert_eq!(pre, "qwen2");
         assert_eq!(read.tokens, ["a", "b", "ab", "[PAD3]", "<|im_end|>", "<tool_call>"]);
         assert_eq!(read.types, [NORMAL, NORMAL, NORMAL, UNUSED, CONTROL, USER_DEFINED]);
-        assert_eq!(read.merges, ["a b"]);
+        assert_eq!(merges, ["a b"]);
     }
 
     #[test]
     fn every_known_pre_tokenizer_is_told_apart() {
         for name in PRE_TOKENIZERS {
-            assert_eq!(from_json(&tokenizer(name)).unwrap().pre, name);
+            let kind = from_json(&tokenizer(name)).unwrap().kind;
+            let VocabularyKind::Bytes { pre, .. } = kind else { panic!("no bytes") };
+            assert_eq!(pre, name);
         }
         let mut other = tokenizer("qwen2");
         other["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = json!("\\s+");

@@ -34,12 +34,22 @@ pub struct LoraConfig {
     /// Every output feature has a magnitude of its own (DoRA).
     #[serde(default)]
     pub use_dora: bool,
+    /// The weights under the adapter are what this many iterations of LoftQ make of the whole ones.
+    #[serde(default)]
+    pub loftq_iter: Option<u32>,
 }
 
 impl Default for LoraConfig {
     fn default() -> Self {
-        let targets = PROJECTIONS.map(str::to_owned).to_vec();
-        Self { r: 16, alpha: 16.0, dropout: 0.0, targets, use_rslora: false, use_dora: false }
+        Self {
+            r: 16,
+            alpha: 16.0,
+            dropout: 0.0,
+            targets: PROJECTIONS.map(str::to_owned).to_vec(),
+            use_rslora: false,
+            use_dora: false,
+            loftq_iter: None,
+        }
     }
 }
 

@@ -24,6 +24,9 @@ pub enum Init {
     /// `scale · B·A` is the best approximation of the weight, from which it is taken away (Meng et
     /// al., 2024, arXiv:2404.02948): PEFT's `pissa`.
     Pissa,
+    /// Adapted weights become NF4, and `scale · B·A` is the best approximation of what they lose:
+    /// PEFT's `loftq`. See [`Model::start_loftq`].
+    Loftq,
 }
 
 impl Adapter {
@@ -61,29 +64,27 @@ impl Adapter {
     pub fn pissa(model: &Model, config: &LoraConfig) -> Result<Self, ModelError> {
         let mut adapter = Self::zeros(model.config(), config)?;
         let pinned = model.pin();
-        adapter.approximate(1.0 / f64::from(config.scale()), |factor| {
+        adapter.approximate(1.0 / f64::from(config.scale()), |_, factor| {
             pinned.layers[factor.layer].projection(factor.projection).weight.values()
         });
         Ok(adapter)
     }
 
-    /// Sets every `B·A` to `part` times the best approximation of `target [out, in]`, each of the
-    /// two having the same share of a singular value.
-    fn approximate<'a>(&mut self, part: f64, target: impl Fn(&Factor) -> Cow<'a, [f32]> + Sync) {
+    /// Sets every `B·A` to `part` times the best approximation of `target [out, in]`, which is given
+    /// the factor and its index.
+    pub(crate) fn approximate<'a>(
+        &mut self,
+        part: f64,
+        target: impl Fn(usize, &Factor) -> Cow<'a, [f32]> + Sync,
+    ) {
         let r = self.config.r;
-        let tops: Vec<Singular> = self
-            .factors
-            .par_iter()
-            .map(|factor| Singular::top(&target(factor), factor.inputs, r))
-            .collect();
-        for (factor, top) in self.factors.iter().zip(tops) {
-            for (i, value) in top.values.iter().enumerate() {
-                let root = (value * part).sqrt();
-                let a = &mut self.values[factor.a.clone()][i * factor.inputs..][..factor.inputs];
-                a.iter_mut().zip(&top.right[i]).for_each(|(a, v)| *a = (root * v) as f32);
-                let b = self.values[factor.b.clone()].iter_mut().skip(i).step_by(r);
-                b.zip(&top.left[i]).for_each(|(b, u)| *b = (root * u) as f32);
-            }
+        let best = |(index, factor): (usize, &Factor)| {
+            Singular::top(&target(index, factor), factor.inputs, r).factors(r, part)
+        };
+        let pairs: Vec<[Vec<f32>; 2]> = self.factors.par_iter().enumerate().map(best).collect();
+        for (factor, [a, b]) in self.factors.iter().zip(pairs) {
+            self.values[factor.a.clone()].copy_from_slice(&a);
+            self.values[factor.b.clone()].copy_from_slice(&b);
         }
     }
 

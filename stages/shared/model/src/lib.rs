@@ -13,6 +13,7 @@ mod forward;
 mod generate;
 mod init;
 mod linear;
+mod loftq;
 mod matrix;
 mod merge;
 mod micro_step;
@@ -29,6 +30,7 @@ pub use decoder::Model;
 pub use error::ModelError;
 pub use generate::{GenerateOptions, Generated};
 pub use init::Init;
+pub use loftq::loftq_weight;
 pub use matrix::Matrix;
 pub use micro_step::{Loss, MicroBatch};
 

@@ -4,6 +4,7 @@ use kernels::elementwise;
 use rayon::prelude::*;
 
 use crate::adapter::{Adapter, Factor};
+use crate::{ModelError, loftq_weight};
 
 /// Rows that one thread merges at a time.
 const ROWS: usize = 64;
@@ -16,13 +17,21 @@ impl Adapter {
     }
 
     /// Adds `scale · B·A` to `weight [out, in]`, row-major, and with DoRA brings every row to its
-    /// magnitude: what PEFT's `merge_and_unload` does.
+    /// magnitude: what PEFT's `merge_and_unload` does. Where LoftQ started the adapter, `weight` is
+    /// the whole one, and is quantised first.
+    ///
+    /// # Errors
+    /// [`ModelError::Input`] for values that LoftQ cannot quantise.
     ///
     /// # Panics
     /// Where `weight` is not of the factor's shape.
-    pub fn merge(&self, factor: &Factor, weight: &mut [f32]) {
+    pub fn merge(&self, factor: &Factor, weight: &mut [f32]) -> Result<(), ModelError> {
         let (inputs, outputs) = (factor.inputs, factor.outputs);
         assert_eq!(weight.len(), outputs * inputs, "length of the weight");
+        if let Some(iterations) = self.config.loftq_iter {
+            let quantised = loftq_weight(weight, [outputs, inputs], self.config.r, iterations)?;
+            quantised.decode_rows(0..outputs, weight);
+        }
         let magnitudes = &self.values[factor.magnitude.clone()];
         weight.par_chunks_mut(ROWS * inputs).enumerate().for_each(|(block, weight)| {
             let first = block * ROWS;
@@ -41,5 +50,6 @@ impl Adapter {
                 elementwise::scale(row, gain);
             }
         });
+        Ok(())
     }
 }

@@ -41,9 +41,25 @@ struct PeftConfig {
     /// A name, or a switch.
     #[serde(default)]
     init_lora_weights: Value,
+    #[serde(default)]
+    loftq_config: Option<LoftqConfig>,
     /// Every other field: those that change what is computed are refused.
     #[serde(flatten)]
     others: BTreeMap<String, Value>,
+}
+
+/// How LoftQ quantised the weights.
+#[derive(Deserialize)]
+#[serde(default)]
+struct LoftqConfig {
+    loftq_bits: u32,
+    loftq_iter: u32,
+}
+
+impl Default for LoftqConfig {
+    fn default() -> Self {
+        Self { loftq_bits: 4, loftq_iter: 1 }
+    }
 }
 
 /// Fields that must not be set, since this reader would compute something else.
@@ -70,6 +86,13 @@ impl Adapter {
     /// [`ModelError::Io`] when the disk refuses.
     pub fn save_peft(&self, folder: &Path, base: &str) -> Result<(), ModelError> {
         fs::create_dir_all(folder).map_err(|e| ModelError::io("create", folder, e))?;
+        // PEFT repeats LoftQ on the weights that it loads such an adapter onto.
+        let (init, loftq) = match self.config.loftq_iter {
+            Some(iterations) => {
+                (json!("loftq"), json!({"loftq_bits": 4, "loftq_iter": iterations}))
+            }
+            None => (json!(true), json!({})),
+        };
         let config = json!({
             "alpha_pattern": {},
             "auto_mapping": null,
@@ -77,11 +100,11 @@ impl Adapter {
             "bias": "none",
             "fan_in_fan_out": false,
             "inference_mode": true,
-            "init_lora_weights": true,
+            "init_lora_weights": init,
             "layer_replication": null,
             "layers_pattern": null,
             "layers_to_transform": null,
-            "loftq_config": {},
+            "loftq_config": loftq,
             "lora_alpha": self.config.alpha,
             "lora_dropout": self.config.dropout,
             "megatron_config": null,
@@ -137,10 +160,18 @@ impl Adapter {
     ///
     /// # Errors
     /// [`ModelError`] naming the field or tensor that is missing, misshapen or not supported
-    /// (rank patterns, trained biases or modules).
+    /// (rank patterns, trained biases or modules); also for an adapter that LoftQ started, which
+    /// [`Model::load_adapter`] reads.
     pub fn load_peft(folder: &Path, model: &Model) -> Result<Self, ModelError> {
         let config = PeftConfig::read(folder)?;
-        let adapter = Self::read_factors(folder, &config, model.config())?;
+        if config.loftq_iter().is_some() {
+            return Err(of_loftq(folder));
+        }
+        Self::read_for(folder, &config, model)
+    }
+
+    fn read_for(folder: &Path, config: &PeftConfig, model: &Model) -> Result<Self, ModelError> {
+        let adapter = Self::read_factors(folder, config, model.config())?;
         if config.is_pissa() {
             let start = Self::pissa(model, &adapter.config)?;
             return adapter.relative_to(&start, model);
@@ -153,6 +184,16 @@ impl Adapter {
     /// # Errors
     /// As [`Adapter::load_peft`]; also for an adapter that PEFT started as PiSSA.
     pub fn load_peft_of(folder: &Path, model: &ModelConfig) -> Result<Self, ModelError> {
+        let adapter = Self::load_peft_to_merge(folder, model)?;
+        if adapter.config.loftq_iter.is_some() { Err(of_loftq(folder)) } else { Ok(adapter) }
+    }
+
+    /// As [`Adapter::load_peft_of`], also for an adapter that LoftQ started: [`Adapter::merge`]
+    /// quantises what it is merged onto.
+    ///
+    /// # Errors
+    /// As [`Adapter::load_peft_of`], but for LoftQ.
+    pub fn load_peft_to_merge(folder: &Path, model: &ModelConfig) -> Result<Self, ModelError> {
         let config = PeftConfig::read(folder)?;
         if config.is_pissa() {
             return Err(ModelError::Input(format!(
@@ -176,6 +217,7 @@ impl Adapter {
             targets: config.target_modules.clone(),
             use_rslora: config.use_rslora,
             use_dora: config.use_dora,
+            loftq_iter: config.loftq_iter(),
         };
         let mut adapter = Self::zeros(model, &lora)?;
         let path = folder.join(WEIGHTS);
@@ -210,7 +252,26 @@ impl Adapter {
     }
 }
 
+impl Model {
+    /// Reads a PEFT folder as [`Adapter::load_peft`] does. Where LoftQ started the adapter, the
+    /// weights under it are quantised first, as PEFT does.
+    ///
+    /// # Errors
+    /// As [`Adapter::load_peft`], but for LoftQ.
+    pub fn load_adapter(&mut self, folder: &Path) -> Result<Adapter, ModelError> {
+        let adapter = Adapter::read_for(folder, &PeftConfig::read(folder)?, self)?;
+        self.follow_loftq(&adapter)?;
+        Ok(adapter)
+    }
+}
+
 impl PeftConfig {
+    /// Iterations of LoftQ, where it started the adapter.
+    fn loftq_iter(&self) -> Option<u32> {
+        let started = self.init_lora_weights == "loftq";
+        started.then(|| self.loftq_config.as_ref().map_or(1, |c| c.loftq_iter))
+    }
+
     fn read(folder: &Path) -> Result<Self, ModelError> {
         let path = folder.join(CONFIG);
         let text = fs::read(&path).map_err(|e| ModelError::io("read", &path, e))?;
@@ -226,7 +287,7 @@ impl PeftConfig {
 
     /// The start, where it changed the weights in a way that cannot be repeated here.
     fn unknown_start(&self) -> Option<&str> {
-        let known = ["gaussian", "pissa", "eva", "orthogonal"];
+        let known = ["gaussian", "pissa", "loftq", "eva", "orthogonal"];
         self.init_lora_weights.as_str().filter(|name| !known.contains(name))
     }
 
@@ -255,6 +316,10 @@ impl PeftConfig {
             "rank_pattern or alpha_pattern".to_owned()
         } else if self.use_dora && self.is_pissa() {
             "use_dora together with init_lora_weights `pissa`".to_owned()
+        } else if self.loftq_iter().is_some()
+            && self.loftq_config.as_ref().is_some_and(|c| c.loftq_bits != 4 || c.loftq_iter == 0)
+        {
+            "LoftQ in other than 4 bits".to_owned()
         } else if let Some(start) = self.unknown_start() {
             format!("init_lora_weights `{start}`")
         } else if let Some(field) = self.refused_field() {
@@ -264,6 +329,15 @@ impl PeftConfig {
         };
         Err(ModelError::Input(format!("{}: {fault} is not supported", path.display())))
     }
+}
+
+/// The refusal of an adapter whose weights would have to be quantised as LoftQ did.
+fn of_loftq(folder: &Path) -> ModelError {
+    ModelError::Input(format!(
+        "{}: an adapter for weights that LoftQ quantised, which is not repeated on a GPU: set \
+         `device: cpu`",
+        folder.join(CONFIG).display()
+    ))
 }
 
 fn tensor_name(projection: &str, factor: &str) -> String {

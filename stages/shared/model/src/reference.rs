@@ -5,8 +5,9 @@
 use burn::tensor::activation::{log_softmax, silu, softmax, tanh};
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use checkpoint::Activation;
+use kernels::dropout::dropout;
 
-use crate::adapter::{Adapter, Factor, PROJECTIONS};
+use crate::adapter::{Adapter, DropoutKey, Factor, GROUPS, PROJECTIONS};
 use crate::decoder::{Layer, Model};
 use crate::dora::Gain;
 use crate::micro_step::{Loss, MicroBatch};
@@ -21,6 +22,8 @@ struct Twin<'a> {
     sin: Tensor<2>,
     /// By layer: 0 where a query may look, minus infinity elsewhere `[n, n]`.
     masks: Vec<Tensor<2>>,
+    /// Probability and key of the dropout before the adapter.
+    dropout: Option<(f32, DropoutKey)>,
 }
 
 /// One factor's tensors.
@@ -32,14 +35,27 @@ struct TwinFactor<'a> {
     dora: Option<(Tensor<2>, Tensor<2>)>,
 }
 
-/// Loss and gradient as [`Model::loss_and_grad`] gives them (without dropout), by autodiff.
+/// Loss and gradient as [`Model::loss_and_grad`] gives them, without dropout, by autodiff.
 pub fn loss_and_grad(
     model: &Model,
     adapter: &Adapter,
     batch: MicroBatch<'_>,
     scale: f32,
 ) -> (Loss, Vec<f32>) {
-    let twin = Twin::new(model, Some(adapter), batch.cu_seqlens, Device::flex().autodiff());
+    loss_and_grad_with_dropout(model, adapter, batch, scale, None)
+}
+
+/// As [`loss_and_grad`], under the masks of that key.
+pub fn loss_and_grad_with_dropout(
+    model: &Model,
+    adapter: &Adapter,
+    batch: MicroBatch<'_>,
+    scale: f32,
+    dropout: Option<DropoutKey>,
+) -> (Loss, Vec<f32>) {
+    let device = Device::flex().autodiff();
+    let mut twin = Twin::new(model, Some(adapter), batch.cu_seqlens, device);
+    twin.dropout = dropout.map(|key| (adapter.config.dropout, key));
     let logits = twin.logits(batch.tokens);
     let rows: Vec<usize> = (0..batch.targets.len()).filter(|i| batch.targets[*i] != -100).collect();
     let indices: Vec<i32> = rows.iter().map(|r| *r as i32).collect();
@@ -138,6 +154,7 @@ impl<'a> Twin<'a> {
             cos: tensor(&table(f32::cos), [n, c.head_dim]),
             sin: tensor(&table(f32::sin), [n, c.head_dim]),
             masks: (0..c.num_hidden_layers).map(mask).collect(),
+            dropout: None,
             device,
         }
     }
@@ -218,7 +235,7 @@ impl<'a> Twin<'a> {
             .iter()
             .find(|f| f.factor.layer == index && f.factor.name.rsplit('.').next() == Some(name));
         if let Some(TwinFactor { a, b, dora, .. }) = adapted {
-            let low = x.matmul(a.clone().transpose());
+            let low = self.dropped(x, index, projection).matmul(a.clone().transpose());
             y = y + low.matmul(b.clone().transpose()) * self.scale;
             if let Some((magnitudes, norms)) = dora {
                 y = y * (magnitudes.clone() / norms.clone());
@@ -228,6 +245,16 @@ impl<'a> Twin<'a> {
             y = y + self.frozen(bias).unsqueeze::<2>();
         }
         y
+    }
+
+    /// `x` under the mask of its layer and group of projections.
+    fn dropped(&self, x: Tensor<2>, layer: usize, projection: usize) -> Tensor<2> {
+        let Some((probability, key)) = self.dropout else { return x };
+        let group = GROUPS.iter().position(|g| g.contains(&projection)).unwrap_or_default();
+        let [n, width] = x.dims();
+        let mut mask = vec![1.0; n * width];
+        dropout(&mut mask, probability, key.of(layer, group));
+        x * Tensor::from_data(TensorData::new(mask, [n, width]), &self.device)
     }
 
     fn norm(&self, x: Tensor<2>, weight: &Tensor<1>) -> Tensor<2> {

@@ -50,6 +50,22 @@ impl Singular {
         }
         top
     }
+
+    /// `[A [r, columns], B [rows, r]]`, row-major, with `B·A` being `part` times the sum of these
+    /// values' parts of the matrix; each of the two has the same share of a value. What is missing to
+    /// `r` values is zero.
+    pub(crate) fn factors(&self, r: usize, part: f64) -> [Vec<f32>; 2] {
+        let len = |vectors: &[Vec<f64>]| r * vectors.first().map_or(0, Vec::len);
+        let (mut a, mut b) = (vec![0.0; len(&self.right)], vec![0.0; len(&self.left)]);
+        for (i, value) in self.values.iter().enumerate() {
+            let root = (value * part).sqrt();
+            let row = a.iter_mut().skip(i * self.right[i].len());
+            row.zip(&self.right[i]).for_each(|(a, v)| *a = (root * v) as f32);
+            let column = b.iter_mut().skip(i).step_by(r);
+            column.zip(&self.left[i]).for_each(|(b, u)| *b = (root * u) as f32);
+        }
+        [a, b]
+    }
 }
 
 /// Eigenvectors of the `k` greatest eigenvalues of a symmetric matrix `[n, n]` given as a product.

@@ -1,12 +1,12 @@
 //! The fast path against transformers and PEFT, on stored reference outputs.
-#![allow(clippy::unwrap_used, clippy::print_stderr, reason = "tests")]
+#![allow(clippy::unwrap_used, reason = "tests")]
 
 use std::path::PathBuf;
 
 use model::{Adapter, MicroBatch, Model, reference};
 use safetensors::SafeTensors;
 
-/// Folder of reference outputs: `PIPE_FIXTURES`, else the trimmed copy in the repository.
+/// Folder of reference outputs: `PIPE_FIXTURES`, else the repository's.
 fn fixtures() -> PathBuf {
     std::env::var_os("PIPE_FIXTURES").map_or_else(
         || PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../../tests/fixtures"),
@@ -78,11 +78,6 @@ fn fixture_tiny_models_give_transformers_logits() {
 
 #[test]
 fn fixture_nf4_checkpoints_give_transformers_logits() {
-    // The repository's copy holds no quantised checkpoint.
-    if std::env::var_os("PIPE_FIXTURES").is_none() {
-        eprintln!("skipped: PIPE_FIXTURES is not set");
-        return;
-    }
     for family in ["llama", "qwen2", "gemma2"] {
         let folder = fixtures().join(format!("tiny-models/{family}"));
         let expected = Expected::read(&format!("tiny-models/{family}/expected.safetensors"));
@@ -98,7 +93,7 @@ fn fixture_nf4_checkpoints_give_transformers_logits() {
 }
 
 #[test]
-fn hand_written_gradients_equal_burns_autodiff() {
+fn fixture_hand_written_gradients_equal_burns_autodiff() {
     for family in ["llama", "qwen2", "gemma2"] {
         let expected = Expected::read(&format!("tiny-models/{family}/expected.safetensors"));
         let model = Model::load(&fixtures().join(format!("tiny-models/{family}/f32"))).unwrap();
@@ -141,11 +136,6 @@ fn norm(x: impl IntoIterator<Item = f32>) -> f64 {
 
 #[test]
 fn fixture_loss_and_gradients_are_those_of_peft() {
-    // The repository's copy holds no quantised checkpoint.
-    if std::env::var_os("PIPE_FIXTURES").is_none() {
-        eprintln!("skipped: PIPE_FIXTURES is not set");
-        return;
-    }
     for family in ["llama", "qwen2", "gemma2"] {
         let (model, adapter, expected) = training(family);
         let (cu, targets) = packed(&expected);
@@ -171,7 +161,7 @@ fn fixture_loss_and_gradients_are_those_of_peft() {
 }
 
 #[test]
-fn packed_rows_have_the_losses_of_their_segments_alone() {
+fn fixture_packed_rows_have_the_losses_of_their_segments_alone() {
     for family in ["llama", "qwen2", "gemma2"] {
         let expected = Expected::read(&format!("tiny-models/{family}/expected.safetensors"));
         let folder = fixtures().join(format!("tiny-models/{family}"));
@@ -210,11 +200,6 @@ fn adamw(values: &mut [f32], grad: &[f32], moments: &mut [[f64; 2]], step: i32, 
 
 #[test]
 fn fixture_ten_steps_of_adamw_follow_torch() {
-    // The repository's copy holds no quantised checkpoint.
-    if std::env::var_os("PIPE_FIXTURES").is_none() {
-        eprintln!("skipped: PIPE_FIXTURES is not set");
-        return;
-    }
     for family in ["llama", "qwen2", "gemma2"] {
         let (model, mut adapter, expected) = training(family);
         let file = SafeTensors::deserialize(&expected.0).unwrap();

@@ -7,9 +7,12 @@ use std::path::{Path, PathBuf};
 use model::{Adapter, GenerateOptions, LoraConfig, MicroBatch, Model, reference};
 use safetensors::SafeTensors;
 
-/// The goldens are the repository's own: another set of fixtures does not replace them.
+/// `PIPE_FIXTURES`, where it holds adapters of these kinds and not models alone; else the
+/// repository's.
 fn fixtures(path: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../tests/fixtures").join(path)
+    let named = std::env::var_os("PIPE_FIXTURES").map(PathBuf::from);
+    let own = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../tests/fixtures");
+    named.filter(|dir| dir.join("peft").exists()).unwrap_or(own).join(path)
 }
 
 fn base() -> PathBuf {
@@ -123,19 +126,34 @@ fn dora_changes_nothing_at_its_start_and_its_gradient_is_that_of_autodiff() {
 }
 
 #[test]
-fn dora_decodes_what_the_full_forward_gives() {
-    let model = Model::load(&base()).unwrap();
-    let config = LoraConfig { r: 4, alpha: 6.0, use_dora: true, ..LoraConfig::default() };
-    let mut adapter = Adapter::gaussian(model.config(), &config, 5).unwrap();
-    adapter.set_magnitudes(&model).unwrap();
-    disturb(&mut adapter);
-    let prompts: Vec<Vec<u32>> = vec![vec![3, 1, 4], (0..11).map(|i| i * 41 % 512).collect()];
+fn dora_and_loftq_decode_what_the_full_forward_gives() {
+    for family in ["llama", "qwen2", "gemma2"] {
+        for use_dora in [true, false] {
+            let mut model = Model::load(&fixtures(&format!("tiny-models/{family}/f32"))).unwrap();
+            let config = LoraConfig { r: 4, alpha: 6.0, use_dora, ..LoraConfig::default() };
+            let mut adapter = if use_dora {
+                Adapter::gaussian(model.config(), &config, 5).unwrap()
+            } else {
+                model.start_loftq(&config, 1).unwrap()
+            };
+            if use_dora {
+                adapter.set_magnitudes(&model).unwrap();
+            }
+            disturb(&mut adapter);
+            assert_decodes_the_full_forward(&model, &adapter);
+        }
+    }
+}
+
+/// Token by token, past Gemma-2's window of 16.
+fn assert_decodes_the_full_forward(model: &Model, adapter: &Adapter) {
+    let prompts: Vec<Vec<u32>> = vec![vec![3, 1, 4], (0..21).map(|i| i * 41 % 512).collect()];
     let options = GenerateOptions { max_new_tokens: 8, end_tokens: vec![], batch_size: 2 };
     let mut rows = 0;
     let check = &mut |g: model::Generated| {
         let mut ids: Vec<i32> = prompts[g.prompt].iter().map(|t| *t as i32).collect();
         for token in g.tokens {
-            let logits = model.logits(Some(&adapter), &ids, &[0, ids.len() as i32]).unwrap();
+            let logits = model.logits(Some(adapter), &ids, &[0, ids.len() as i32]).unwrap();
             let last = &logits[logits.len() - 512..];
             assert_eq!(kernels::elementwise::argmax(last) as u32, token);
             ids.push(token as i32);
@@ -143,7 +161,7 @@ fn dora_decodes_what_the_full_forward_gives() {
         rows += 1;
         true
     };
-    model.generate(Some(&adapter), &prompts, &options, check).unwrap();
+    model.generate(Some(adapter), &prompts, &options, check).unwrap();
     assert_eq!(rows, 2);
 }
 
@@ -182,6 +200,70 @@ fn pissa_changes_nothing_at_its_start_and_trains_on_the_rest_of_the_weights() {
 }
 
 #[test]
+fn fixture_loftq_gives_pefts_logits_and_gradients_from_its_start_on() {
+    for (variant, iterations) in [("loftq", 1), ("loftq_3", 3)] {
+        let mut model = Model::load(&base()).unwrap();
+        let before = Adapter::load_peft(&fixtures(&format!("peft/{variant}")), &model).unwrap_err();
+        assert!(before.to_string().contains("LoftQ"), "{before}");
+        let adapter = model.load_adapter(&fixtures(&format!("peft/{variant}"))).unwrap();
+        assert_eq!(adapter.config.loftq_iter, Some(iterations));
+        let raw = assert_logits(variant, &model, &adapter);
+        assert_gradients(variant, &model, &adapter, &raw);
+        // Our own start is PEFT's.
+        let file = SafeTensors::deserialize(&raw).unwrap();
+        let (ids, expected) = (ints(&file, "input_ids"), floats(&file, "start_logits"));
+        let mut fresh = Model::load(&base()).unwrap();
+        let start = fresh.start_loftq(&adapter.config, iterations).unwrap();
+        let logits = fresh.logits(Some(&start), &ids, &[0, ids.len() as i32]).unwrap();
+        let off = max_difference(&logits[logits.len() - expected.len()..], &expected);
+        assert!(off < 2e-4, "{variant}: {off}");
+    }
+}
+
+#[test]
+fn loftq_starts_nearer_to_the_model_than_four_bits_do_and_reads_back() {
+    let whole = Model::load(&base()).unwrap();
+    let ids: Vec<i32> = (0..20).map(|i| i * 37 % 512).collect();
+    let exact = whole.logits(None, &ids, &[0, 20]).unwrap();
+    let config = LoraConfig { r: 16, alpha: 24.0, ..LoraConfig::default() };
+    let mut apart = Vec::new();
+    for iterations in [1, 4] {
+        let mut model = Model::load(&base()).unwrap();
+        let mut adapter = model.start_loftq(&config, iterations).unwrap();
+        let start = model.logits(Some(&adapter), &ids, &[0, 20]).unwrap();
+        let quantised = model.logits(None, &ids, &[0, 20]).unwrap();
+        let [near, far] =
+            [start, quantised].map(|logits| norm(logits.iter().zip(&exact).map(|(a, b)| a - b)));
+        assert!(near < 0.9 * far, "{near} {far}");
+        apart.push(near);
+        disturb(&mut adapter);
+        let trained = model.logits(Some(&adapter), &ids, &[0, 20]).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        adapter.save_peft(dir.path(), "tiny").unwrap();
+        let mut again = Model::load(&base()).unwrap();
+        let read = again.load_adapter(dir.path()).unwrap();
+        assert_eq!(read, adapter);
+        assert_eq!(again.logits(Some(&read), &ids, &[0, 20]).unwrap(), trained);
+        // Merged onto the whole weights, it quantises them itself.
+        let factor = &read.factors[0];
+        let mut merged =
+            whole.layers[0].projections[0].tensor().into_data().try_to_vec::<f32>().unwrap();
+        read.merge(factor, &mut merged).unwrap();
+        let quantised = again.layers[0].projections[0].tensor().into_data().try_to_vec::<f32>();
+        let plain = Adapter {
+            config: LoraConfig { loftq_iter: None, ..read.config.clone() },
+            ..read.clone()
+        };
+        let mut expected = quantised.unwrap();
+        plain.merge(factor, &mut expected).unwrap();
+        assert_eq!(merged, expected);
+        let error = again.start_loftq(&config, 1).unwrap_err().to_string();
+        assert!(error.contains("has four bits already"), "{error}");
+    }
+    assert!(apart[1] < apart[0], "{apart:?}");
+}
+
+#[test]
 fn adapters_that_would_be_misread_are_refused() {
     let model = Model::load(&base()).unwrap();
     let refused = |field: &str, value: serde_json::Value| {
@@ -197,7 +279,7 @@ fn adapters_that_would_be_misread_are_refused() {
     };
     for (field, value) in [
         ("init_lora_weights", "pissa_niter_4".into()),
-        ("init_lora_weights", "loftq".into()),
+        ("init_lora_weights", "loftq_".into()),
         ("init_lora_weights", "olora".into()),
         ("lora_bias", true.into()),
         ("alora_invocation_tokens", vec![1, 2].into()),
@@ -239,20 +321,25 @@ fn written_adapters_give_the_same_logits_in_peft_and_read_back() {
     if python.is_none() {
         eprintln!("not compared with PEFT: PIPE_PYTHON is not set");
     }
-    let model = Model::load(&base()).unwrap();
     let ids: Vec<i32> = (0..20).map(|i| i * 37 % 512).collect();
     let plain = LoraConfig { r: 4, alpha: 6.0, ..LoraConfig::default() };
     let rslora = LoraConfig { use_rslora: true, ..plain.clone() };
     let dora = LoraConfig { use_dora: true, ..rslora.clone() };
-    for config in [plain, rslora, dora] {
-        let mut adapter = Adapter::gaussian(model.config(), &config, 5).unwrap();
+    let loftq = LoraConfig { loftq_iter: Some(1), ..plain.clone() };
+    for config in [plain, rslora, dora, loftq] {
+        let mut model = Model::load(&base()).unwrap();
+        let mut adapter = match config.loftq_iter {
+            Some(iterations) => model.start_loftq(&config, iterations).unwrap(),
+            None => Adapter::gaussian(model.config(), &config, 5).unwrap(),
+        };
         if config.use_dora {
             adapter.set_magnitudes(&model).unwrap();
         }
         disturb(&mut adapter);
         let dir = tempfile::tempdir().unwrap();
         adapter.save_peft(dir.path(), "tiny").unwrap();
-        assert_eq!(Adapter::load_peft(dir.path(), &model).unwrap(), adapter);
+        let read = Model::load(&base()).unwrap().load_adapter(dir.path()).unwrap();
+        assert_eq!(read, adapter);
         let Some(python) = &python else { continue };
         let ours = model.logits(Some(&adapter), &ids, &[0, 20]).unwrap();
         let off = max_difference(&ours, &logits_of_peft(python, dir.path(), &ids));

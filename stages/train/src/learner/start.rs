@@ -1,7 +1,7 @@
 //! The adapter that a run starts from.
 
 use contract::StageError;
-use model::{Adapter, Init, ModelConfig};
+use model::{Adapter, Init, LoraConfig, ModelConfig};
 
 use crate::params::Params;
 
@@ -11,9 +11,12 @@ pub(super) fn new_adapter(params: &Params, model: &ModelConfig) -> Result<Adapte
     Ok(match params.lora.init {
         Init::Kaiming => Adapter::fresh(model, &wanted, params.seed)?,
         Init::Gaussian => Adapter::gaussian(model, &wanted, params.seed)?,
-        Init::Pissa => {
-            return Err(StageError::input("`lora.init: pissa` is not available on a GPU yet")
-                .help("set `device: cpu`, or another `lora.init`"));
+        Init::Pissa | Init::Loftq => {
+            let name = if params.lora.init == Init::Pissa { "pissa" } else { "loftq" };
+            let message = format!("`lora.init: {name}` is not available on a GPU yet");
+            return Err(
+                StageError::input(message).help("set `device: cpu`, or another `lora.init`")
+            );
         }
     })
 }
@@ -27,7 +30,8 @@ pub(super) fn continued(params: &Params, mut adapter: Adapter) -> Result<Adapter
         .help("remove one of them"));
     }
     check_same(params, &adapter)?;
-    adapter.config = params.lora_config();
+    let loftq_iter = adapter.config.loftq_iter;
+    adapter.config = LoraConfig { loftq_iter, ..params.lora_config() };
     Ok(adapter)
 }
 

@@ -3,31 +3,12 @@
 
 use std::sync::LazyLock;
 
+use checkpoint::dynamic_map;
+
 /// Map of signed values, -0.993 to 1.
 pub(super) static SIGNED: LazyLock<[f32; 256]> = LazyLock::new(|| dynamic_map(true));
 /// Map of unsigned values, 0 to 1.
 pub(super) static UNSIGNED: LazyLock<[f32; 256]> = LazyLock::new(|| dynamic_map(false));
-
-/// `bitsandbytes.functional.create_dynamic_map(signed, 7, 8)`: for every power of ten from -6 to 0,
-/// the midpoints of a uniform grid from 0.1 to 1 that is twice as fine for each larger power; then
-/// zero and one.
-fn dynamic_map(signed: bool) -> [f32; 256] {
-    let mut values = vec![0.0f32, 1.0];
-    for power in 0..7 {
-        let cells = 1usize << if signed { power } else { power + 1 };
-        let bound = |i: usize| 0.1 + 0.9 * i as f64 / cells as f64;
-        let scale = 10f64.powi(power - 6);
-        for cell in 0..cells {
-            let value = (f64::midpoint(bound(cell), bound(cell + 1)) * scale) as f32;
-            values.push(value);
-            if signed {
-                values.push(-value);
-            }
-        }
-    }
-    values.sort_by(f32::total_cmp);
-    values.try_into().expect("invariant: 2 + 2 * 127 = 2 + 254 = 256")
-}
 
 /// Code of the value nearest to `x`, by the search of bitsandbytes' CUDA kernel: of two equally near
 /// values the one at which its binary search ends.

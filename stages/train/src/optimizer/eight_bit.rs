@@ -13,11 +13,11 @@ const BLOCKS: usize = 32;
 /// Quantised first and second moment of one tensor.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct BlockStates {
-    m: Vec<u8>,
-    v: Vec<u8>,
+    pub(super) m: Vec<u8>,
+    pub(super) v: Vec<u8>,
     /// Greatest magnitude of each block.
-    m_scale: Vec<f32>,
-    v_scale: Vec<f32>,
+    pub(super) m_scale: Vec<f32>,
+    pub(super) v_scale: Vec<f32>,
 }
 
 impl BlockStates {

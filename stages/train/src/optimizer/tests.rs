@@ -1,6 +1,8 @@
 #![allow(clippy::unwrap_used, reason = "tests")]
 #![allow(clippy::float_cmp, reason = "equal bits are the claim")]
 
+use safetensors::SafeTensors;
+
 use super::*;
 
 fn config(kind: OptimizerKind, weight_decay: f64) -> AdamConfig {
@@ -149,6 +151,51 @@ fn eight_bit_adamw_follows_a_scalar_reference() {
     }
     // A moment near the middle of two codes may be rounded either way in f32 and in f64.
     assert!(apart < n / 200, "{apart} of {n}");
+}
+
+/// `benches/fixtures/adamw8bit.py` runs bitsandbytes. On a CPU it decays before the update, which is
+/// `lr * weight_decay` of an update less, and finds codes through a table of 65,536 values.
+#[test]
+fn ten_steps_of_eight_bit_adamw_are_those_of_bitsandbytes() {
+    let raw = include_bytes!("../../../../tests/fixtures/adamw8bit.safetensors");
+    let file = SafeTensors::deserialize(raw).unwrap();
+    let bytes = |name: &str| file.tensor(name).unwrap().data();
+    let floats = |name: &str| -> Vec<f32> {
+        bytes(name).as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect()
+    };
+    let norm = |x: &[f32]| x.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt();
+    for name in ["wide", "narrow"] {
+        let (mut p, gradients) =
+            (floats(&format!("{name}.start")), floats(&format!("{name}.gradients")));
+        let range = 0..p.len();
+        let config = config(OptimizerKind::Adamw8bit, 0.01);
+        let mut optimizer = Optimizer::new(config, std::slice::from_ref(&range));
+        for gradient in gradients.chunks_exact(range.len()) {
+            optimizer.update(1e-2, &mut p, gradient);
+        }
+        let end = floats(&format!("{name}.end"));
+        let apart: Vec<f32> = p.iter().zip(&end).map(|(a, b)| a - b).collect();
+        assert!(norm(&apart) < 1e-4 * norm(&end), "{name}: {} of {}", norm(&apart), norm(&end));
+        let States::Blocks(states) = &optimizer.tensors[0].1 else { continue };
+        for (ours, scales, map, number) in [
+            (&states.m, &states.m_scale, &dynamic_map::SIGNED, 1),
+            (&states.v, &states.v_scale, &dynamic_map::UNSIGNED, 2),
+        ] {
+            let theirs = bytes(&format!("wide.state{number}"));
+            // A moment in the middle of two codes may go either way, and carries the difference along:
+            // nearly all codes are equal, and nearly all others adjacent.
+            let apart = |(a, b): (&u8, &u8)| a.abs_diff(*b);
+            let equal = ours.iter().zip(theirs).filter(|pair| apart(*pair) == 0).count();
+            let near = ours.iter().zip(theirs).filter(|pair| apart(*pair) <= 1).count();
+            assert!(equal * 100 > ours.len() * 99, "moment {number}: {equal} of {}", ours.len());
+            assert!(near * 1000 > ours.len() * 999, "moment {number}: {near} of {}", ours.len());
+            let off = |(a, b): (&u8, &u8)| (map[*a as usize] - map[*b as usize]).abs();
+            let off = ours.iter().zip(theirs).map(off).fold(0.0, f32::max);
+            assert!(off < 0.03, "moment {number}: {off}");
+            let theirs = floats(&format!("wide.absmax{number}"));
+            assert!(scales.iter().zip(theirs).all(|(a, b)| (a - b).abs() < 1e-5 * b), "{number}");
+        }
+    }
 }
 
 #[test]
