@@ -122,7 +122,9 @@ impl<'a> Merged<'a> {
             _ => self.weights.load(name, shape)?,
         };
         if self.norm_shift != 0.0 && name.ends_with("norm.weight") {
-            values.iter_mut().for_each(|w| *w += self.norm_shift);
+            for w in &mut values {
+                *w += self.norm_shift;
+            }
         }
         if let Some(adapter) = &self.adapter
             && let Some(factor) = adapter.factor(module)
