@@ -111,4 +111,5 @@ def main():
     return int(bool(twice or faults or closed or damage))
 
 
-sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())

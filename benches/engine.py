@@ -315,7 +315,7 @@ def main():
     parser.add_argument("--peers", type=os.path.abspath)
     parser.add_argument("--gib", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--stages", type=numbers, default=[1000, 10000])
+    parser.add_argument("--stages", type=numbers, default=[1000, 10000, 100000])
     parser.add_argument("--fan-in", type=numbers, default=[1000, 3000])
     parser.add_argument("--files", type=numbers, default=[1000, 10000, 100000])
     args = parser.parse_args()

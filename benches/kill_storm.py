@@ -130,4 +130,5 @@ def main():
     return int(any(counts[name] for name in wrong) or verified.returncode != 0)
 
 
-sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())

@@ -6,7 +6,8 @@
 
 Needs `s3s-fs` (cargo install s3s-fs --version 0.14.1 --locked --features binary) in PATH or named
 by $S3S_FS, and for the speed `rclone`. The server refuses unsigned requests and honours
-conditional puts. Both programs move the same objects, as many at a time, in turns.
+conditional puts. Both programs move the same objects, as many at a time, in turns. A pull of `pipe`
+ends with everything flushed to the disk; rclone's is also timed with `sync -f` after it.
 """
 
 import argparse
@@ -212,14 +213,21 @@ def speed(t):
             def by_pipe(prefix=prefix):
                 yield "push", timed(t, "push", what, cache=what)
                 t.drop("pulled")
-                yield "pull", timed(t, "pull", what, cache="pulled")
+                pulled = timed(t, "pull", what, cache="pulled")
+                yield "pull", pulled
+                yield "pull, flushed", pulled
 
             def by_rclone(prefix=prefix):
                 # The slash says that it is a folder; asked for that, the server answers 500.
                 there = f"s3:{BUCKET}/rclone-{prefix}/"
                 yield "push", rclone(t, objects, there)
                 t.drop("copied")
-                yield "pull", rclone(t, there, t.root / "copied")
+                copied = rclone(t, there, t.root / "copied")
+                yield "pull", copied
+                # What `pipe` has done by the end of a pull.
+                clock = time.monotonic()
+                subprocess.run(["sync", "-f", str(t.root / "copied")], check=True)
+                yield "pull, flushed", copied + time.monotonic() - clock
 
             order = [("pipe", by_pipe), ("rclone", by_rclone)]
             for name, moves in order if turn % 2 == 0 else order[::-1]:
@@ -228,11 +236,11 @@ def speed(t):
             for leftover in (t.data / BUCKET).iterdir():
                 shutil.rmtree(leftover, ignore_errors=True)
     print(f"\n{a.small} objects of 4 KiB; {a.large} of {a.large_mib} MiB; {a.rounds} rounds; medians")
-    print(f"{'objects':8} {'move':5} {'pipe s':>8} {'rclone s':>9} {'rate of rclone':>15}")
+    print(f"{'objects':8} {'move':13} {'pipe s':>8} {'rclone s':>9} {'rate of rclone':>15}")
     for what in ("small", "large"):
-        for move in ("push", "pull"):
+        for move in ("push", "pull", "pull, flushed"):
             ours, theirs = (statistics.median(times[what, move, n]) for n in ("pipe", "rclone"))
-            print(f"{what:8} {move:5} {ours:8.2f} {theirs:9.2f} {theirs / ours:14.0%}")
+            print(f"{what:8} {move:13} {ours:8.2f} {theirs:9.2f} {theirs / ours:14.0%}")
 
 
 def main():

@@ -35,7 +35,8 @@ pub use probe::Probe;
 pub use scratch::Scratch;
 pub use survey::{Damage, Held, Kept, Verified};
 
-pub(crate) use durable::{unique_name, unix_seconds};
+pub(crate) use durable::{is_left_open, unique_name, unix_seconds};
+pub(crate) use lease::this_process;
 #[cfg(feature = "remote")]
 pub(crate) use transfer::{Batch, Partial};
 
@@ -48,6 +49,7 @@ use stat_index::StatIndex;
 pub struct Cache {
     root: PathBuf,
     index: StatIndex,
+    watched: lease::Watched,
     listings: folder::Listings,
     /// The file system has shown that it cannot share blocks.
     no_reflinks: AtomicBool,
@@ -125,6 +127,7 @@ impl Cache {
             Err(e) if e.kind() != io::ErrorKind::NotFound => Err(CacheError::io("open", &root, e)),
             _ => Ok(Self {
                 index: StatIndex::for_root(&root),
+                watched: lease::Watched::default(),
                 root,
                 listings: folder::Listings::default(),
                 no_reflinks: AtomicBool::new(false),
@@ -155,14 +158,25 @@ impl Cache {
         fingerprint: Fingerprint,
     ) -> Result<Option<Record>, CacheError> {
         let path = self.record_path(kind, fingerprint);
-        let text = match fs::read(&path) {
+        let text = match durable::read(&path) {
             Ok(text) => text,
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(e) => return Err(CacheError::io("read", &path, e)),
         };
-        let parsed = serde_json::from_slice::<Record>(&text).ok();
-        Ok(parsed
-            .filter(|r| r.fingerprint == fingerprint && r.identity.fingerprint() == fingerprint))
+        Ok(Record::from_text(&text).ok().filter(|r| r.fingerprint == fingerprint))
+    }
+
+    /// The same, as it is on the server of a network file system now.
+    ///
+    /// # Errors
+    /// [`CacheError`] where the file system refuses.
+    pub fn record_now(
+        &self,
+        kind: &str,
+        fingerprint: Fingerprint,
+    ) -> Result<Option<Record>, CacheError> {
+        durable::look_again(&self.root.join("records-v1").join(kind));
+        self.record(kind, fingerprint)
     }
 
     /// Checks every object of a record; memoised, so microseconds where nothing changed.
@@ -218,18 +232,18 @@ impl Cache {
     pub fn publish(&self, record: &Record, supersede: bool) -> Result<(), CacheError> {
         let path = self.record_path(&record.identity.kind, record.fingerprint);
         let io = |e| CacheError::io("write", &path, e);
-        let mut text = serde_json::to_vec_pretty(record).map_err(|e| io(e.into()))?;
-        text.push(b'\n');
+        let text = record.to_text().map_err(|e| io(e.into()))?;
+        let text = text.as_bytes();
         let unreadable = self.record(&record.identity.kind, record.fingerprint)?.is_none();
         if supersede || (unreadable && path.exists()) {
-            return durable::replace(&self.tmp_dir(), &path, &text).map_err(io);
+            return durable::replace(&self.tmp_dir(), &path, text).map_err(io);
         }
-        let staged = durable::stage_bytes(&self.tmp_dir(), &text).map_err(io)?;
-        durable::create_parent(&path).map_err(io)?;
+        let staged = durable::stage_bytes(&self.tmp_dir(), text).map_err(io)?;
+        durable::create_synced_parent(&path).map_err(io)?;
         if durable::rename_exclusive(&staged, &path).map_err(io)? {
             durable::sync_dir(path.parent().unwrap_or(&self.root)).map_err(io)
         } else {
-            fs::remove_file(&staged).map_err(io)
+            durable::remove(&staged).map_err(io)
         }
     }
 
@@ -297,7 +311,7 @@ impl Cache {
     /// [`CacheError`] when the disk refuses.
     pub fn work_dir(&self) -> Result<WorkDir, CacheError> {
         let path = self.tmp_dir().join(unique_name());
-        fs::create_dir_all(&path).map_err(|e| CacheError::io("create", &path, e))?;
+        durable::create_folder(&path).map_err(|e| CacheError::io("create", &path, e))?;
         Ok(WorkDir { path })
     }
 

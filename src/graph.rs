@@ -3,7 +3,7 @@
 mod drawing;
 
 use std::cmp::Reverse;
-use std::collections::{BTreeSet, BinaryHeap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, BinaryHeap, HashMap};
 use std::fmt::Write;
 
 use petgraph::Direction;
@@ -20,6 +20,8 @@ pub struct StageGraph {
     graph: DiGraph<(), ()>,
     names: Vec<String>,
     order: Vec<usize>,
+    /// Length of the longest way to each node from one that needs nothing.
+    depth: Vec<usize>,
     rank: HashMap<String, usize>,
 }
 
@@ -27,10 +29,10 @@ impl StageGraph {
     /// The graph of a validated pipeline.
     pub fn new(pipeline: &Pipeline) -> Self {
         let graph = edges(&pipeline.stages);
-        let order = topological(&graph, pipeline.stages.len());
+        let (order, depth) = topological(&graph, pipeline.stages.len());
         let names: Vec<String> = pipeline.stages.iter().map(|s| s.name.clone()).collect();
         let rank = order.iter().enumerate().map(|(rank, i)| (names[*i].clone(), rank)).collect();
-        Self { graph, names, order, rank }
+        Self { graph, names, order, depth, rank }
     }
 
     /// All stages, producers first, file order among those that are ready.
@@ -59,6 +61,16 @@ impl StageGraph {
         }
         let reached = self.order.iter().filter(|i| seen[**i]);
         reached.map(|i| self.names[*i].clone()).collect()
+    }
+
+    /// Some stages in groups, each in the order given: what a stage needs is in an earlier group.
+    pub fn waves<'n>(&self, names: &'n [String]) -> Vec<Vec<&'n str>> {
+        let mut by_depth: BTreeMap<usize, Vec<&str>> = BTreeMap::new();
+        for name in names {
+            let depth = self.index(name).map_or(0, |i| self.depth[i]);
+            by_depth.entry(depth).or_default().push(name);
+        }
+        by_depth.into_values().collect()
     }
 
     fn index(&self, name: &str) -> Option<usize> {
@@ -154,23 +166,25 @@ fn edges(stages: &[Stage]) -> DiGraph<(), ()> {
 
 /// Indices of stages without circles, producers first.
 pub(crate) fn order(stages: &[Stage]) -> Vec<usize> {
-    topological(&edges(stages), stages.len())
+    topological(&edges(stages), stages.len()).0
 }
 
 /// Kahn's algorithm; the lowest file position first among the ready ones. A gathered list, a node
-/// from `stages` on, takes no place of its own in the order.
-fn topological(graph: &DiGraph<(), ()>, stages: usize) -> Vec<usize> {
+/// from `stages` on, takes no place of its own in the order. With it the depth of every node.
+fn topological(graph: &DiGraph<(), ()>, stages: usize) -> (Vec<usize>, Vec<usize>) {
     let incoming = |i| graph.neighbors_directed(i, Direction::Incoming).count();
     let mut waiting: Vec<usize> = graph.node_indices().map(incoming).collect();
     let ready = waiting.iter().enumerate().filter(|(_, n)| **n == 0).map(|(i, _)| Reverse(i));
     let mut ready: BinaryHeap<Reverse<usize>> = ready.collect();
     let mut order = Vec::with_capacity(stages);
+    let mut depth = vec![0; graph.node_count()];
     while let Some(Reverse(i)) = ready.pop() {
         order.push(i);
         let mut done = vec![i];
         while let Some(i) = done.pop() {
             for next in graph.neighbors(NodeIndex::new(i)).map(NodeIndex::index) {
                 waiting[next] -= 1;
+                depth[next] = depth[next].max(depth[i] + 1);
                 match waiting[next] {
                     0 if next < stages => ready.push(Reverse(next)),
                     0 => done.push(next),
@@ -179,7 +193,7 @@ fn topological(graph: &DiGraph<(), ()>, stages: usize) -> Vec<usize> {
             }
         }
     }
-    order
+    (order, depth)
 }
 
 /// One circle of every knot of stages that wait for each other, as indices into `stages`, each

@@ -22,5 +22,6 @@ pub mod remote;
 pub mod runner;
 pub mod runs;
 pub mod schema;
+mod threads;
 pub mod watch;
 pub mod yaml;

@@ -151,6 +151,12 @@ impl Lockfile {
         if self.sources.get(key) == Some(&value) {
             return Ok(());
         }
+        // Another run may have pinned its sources meanwhile.
+        if let Ok(now) = Self::at(&self.path) {
+            for (key, value) in now.sources {
+                self.sources.entry(key).or_insert(value);
+            }
+        }
         self.sources.insert(key.to_owned(), sorted(value));
         self.write()
     }
@@ -169,7 +175,9 @@ impl Lockfile {
             let mut file = fs::File::create(&staged)?;
             file.write_all(&text)?;
             file.sync_all()?;
-            fs::rename(&staged, &self.path)
+            fs::rename(&staged, &self.path)?;
+            let folder = self.path.parent().filter(|p| !p.as_os_str().is_empty());
+            fs::File::open(folder.unwrap_or(Path::new(".")))?.sync_all()
         };
         write().map_err(|e| {
             let _ = fs::remove_file(&staged);
@@ -214,6 +222,18 @@ mod tests {
             Lockfile::beside(&pipeline).unwrap().get("hf:x"),
             Some(&json!({"a": 2, "z": 1}))
         );
+    }
+
+    #[test]
+    fn two_runs_that_pin_at_the_same_time_keep_both() {
+        let dir = tempfile::tempdir().unwrap();
+        let pipeline = dir.path().join("p.yaml");
+        let mut one = Lockfile::beside(&pipeline).unwrap();
+        let mut two = Lockfile::beside(&pipeline).unwrap();
+        one.set("a", json!(1)).unwrap();
+        two.set("b", json!(2)).unwrap();
+        let kept = Lockfile::beside(&pipeline).unwrap();
+        assert_eq!((kept.get("a"), kept.get("b")), (Some(&json!(1)), Some(&json!(2))));
     }
 
     #[test]

@@ -9,7 +9,7 @@ mod history;
 mod reason;
 mod records;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
 use serde::Serialize;
@@ -27,6 +27,10 @@ use crate::graph::StageGraph;
 use crate::lockfile::Lockfile;
 use crate::pipeline::{InputRef, Pipeline, PipelineError, Problem, Stage};
 use crate::record::Record;
+use crate::threads;
+
+/// A thread pays from this many stages on.
+const STAGES_PER_THREAD: usize = 32;
 
 /// What the user asked for beyond the selection.
 #[derive(Clone, Debug, Default)]
@@ -134,20 +138,28 @@ impl Planner<'_> {
     /// # Errors
     /// [`PlanError`] for a missing local input or an unusable cache.
     pub fn plan(&self, selection: &[String], lock: &Lockfile) -> Result<Plan, PlanError> {
+        let order = self.graph.with_upstream(selection);
         let mut known = Records::new();
-        let mut stages = Vec::new();
-        for name in self.graph.with_upstream(selection) {
-            let Some(stage) = self.pipeline.stage(&name) else { continue };
-            let planned = self.planned(stage, &mut known, lock)?;
-            stages.push(planned);
+        let mut planned: HashMap<String, PlannedStage> = HashMap::with_capacity(order.len());
+        for wave in self.graph.waves(&order) {
+            let stages: Vec<&Stage> =
+                wave.into_iter().filter_map(|name| self.pipeline.stage(name)).collect();
+            let plan = |stage: &&Stage| self.planned(stage, &known, lock);
+            for found in threads::map(&stages, STAGES_PER_THREAD, plan) {
+                let found = found?;
+                if let Decision::Reuse { record } = &found.decision {
+                    known.insert(found.stage.clone(), Arc::clone(record));
+                }
+                planned.insert(found.stage.clone(), found);
+            }
         }
-        Ok(Plan { stages })
+        Ok(Plan { stages: order.iter().filter_map(|name| planned.remove(name)).collect() })
     }
 
     fn planned(
         &self,
         stage: &Stage,
-        known: &mut Records,
+        known: &Records,
         lock: &Lockfile,
     ) -> Result<PlannedStage, PlanError> {
         let kind = stage.kind.clone();
@@ -168,9 +180,6 @@ impl Planner<'_> {
             });
         }
         let Decided { fingerprint, decision, .. } = self.decide(stage, known, lock)?;
-        if let Decision::Reuse { record } = &decision {
-            known.insert(stage.name.clone(), Arc::clone(record));
-        }
         Ok(PlannedStage {
             stage: stage.name.clone(),
             kind,

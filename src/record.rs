@@ -52,3 +52,46 @@ pub struct OutputRecord {
     /// Name under which it is copied out.
     pub file_name: String,
 }
+
+/// Before the checksum, which is the last line of a record's file.
+const SUM: &str = ",\n  \"sum\": \"";
+/// After it.
+const END: &str = "\"\n}\n";
+
+impl Record {
+    /// The text of its file: JSON, whose last field is the blake3 of all before it, so that damage
+    /// shows in every byte that means something.
+    ///
+    /// # Errors
+    /// Where it is no JSON, which no record is.
+    pub fn to_text(&self) -> serde_json::Result<String> {
+        let mut text = serde_json::to_string_pretty(self)?;
+        text.truncate(text.strip_suffix("\n}").unwrap_or(&text).len());
+        let sum = blake3::hash(text.as_bytes()).to_hex();
+        text.push_str(SUM);
+        text.push_str(&sum);
+        text.push_str(END);
+        Ok(text)
+    }
+
+    /// The record in a file's text. One without a checksum is of an earlier `pipe`.
+    ///
+    /// # Errors
+    /// What is wrong with it, for people.
+    pub fn from_text(text: &[u8]) -> Result<Self, String> {
+        let length = SUM.len() + 64 + END.len();
+        if let Some((body, last)) = text.split_at_checked(text.len().saturating_sub(length))
+            && let Some(sum) = last.strip_prefix(SUM.as_bytes())
+            && let Some(sum) = sum.strip_suffix(END.as_bytes())
+            && sum != blake3::hash(body).to_hex().as_bytes()
+        {
+            return Err("holds other bytes than its checksum says".to_owned());
+        }
+        let record: Self =
+            serde_json::from_slice(text).map_err(|e| format!("is no record: {e}"))?;
+        if record.identity.fingerprint() != record.fingerprint {
+            return Err("is not the record that its name says".to_owned());
+        }
+        Ok(record)
+    }
+}

@@ -7,6 +7,8 @@
 
 mod config;
 #[cfg(feature = "remote")]
+mod disk;
+#[cfg(feature = "remote")]
 mod download;
 #[cfg(feature = "remote")]
 mod multipart;

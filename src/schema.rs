@@ -2,8 +2,7 @@
 //!
 //! Looser than `pipe plan`, which reports what a schema cannot say: an editor that rejects a
 //! pipeline which runs would be worse than one that completes less. A kind describes its params in
-//! [`contract::StageKind::params_schema`]; for one that does not, names and types are taken from
-//! its defaults.
+//! [`contract::StageKind::params_schema`]; here is added that `${name}` may stand for any value.
 
 use contract::{Signature, StageKind};
 use serde_json::{Map, Value, json};
@@ -46,6 +45,11 @@ pub fn of(kinds: Kinds<'_>, example: impl Fn(&str) -> Value) -> Value {
                     "type": "string",
                     "description": "file or folder, relative to the pipeline file",
                 }},
+            },
+            "variable": {
+                "description": "text with the `${name}` of a variable",
+                "type": "string",
+                "pattern": r"\$\{",
             },
         },
     })
@@ -144,18 +148,24 @@ fn stage_key(key: &str) -> Value {
 /// What a stage of one kind may hold.
 fn case(kind: &dyn StageKind, example: &impl Fn(&str) -> Value) -> Value {
     let resolved = kind.resolve(&Value::Null).or_else(|_| kind.resolve(&example(kind.name()))).ok();
-    let params = kind
-        .params_schema()
-        .or_else(|| Some(derived(&resolved.as_ref()?.params, false)))
-        .unwrap_or_else(|| json!({}));
+    let mut params = kind.params_schema();
+    let needed = params.get("required").is_some();
+    or_variable(&mut params);
+    if !needed && let Some(Value::Array(cases)) = params.get_mut("anyOf") {
+        cases.push(json!({"type": "null"}));
+    }
     let mut then = Map::from_iter([("params".to_owned(), params)]);
     if let Some(signature) = resolved {
         then.insert("inputs".to_owned(), inputs(&signature));
     }
-    json!({
+    let mut case = json!({
         "if": {"properties": {"kind": {"const": kind.name()}}, "required": ["kind"]},
         "then": {"properties": then},
-    })
+    });
+    if needed {
+        case["then"]["required"] = json!(["params"]);
+    }
+    case
 }
 
 fn inputs(signature: &Signature) -> Value {
@@ -167,27 +177,45 @@ fn inputs(signature: &Signature) -> Value {
     json!({"properties": named.collect::<Map<_, _>>()})
 }
 
-/// What can be said of a param whose default is known: text stands for a variable anywhere, and
-/// `null` for the default.
-fn derived(default: &Value, shown: bool) -> Value {
-    let mut schema = Map::new();
-    match default {
-        Value::Bool(_) => {
-            schema.insert("type".to_owned(), json!(["boolean", "string", "null"]));
-        }
-        Value::Number(_) => {
-            schema.insert("type".to_owned(), json!(["number", "string", "null"]));
-        }
-        Value::Object(entries) => {
-            let entries = entries.iter().map(|(key, value)| (key.clone(), derived(value, true)));
-            schema.insert("properties".to_owned(), Value::Object(entries.collect()));
-        }
-        Value::Null | Value::String(_) | Value::Array(_) => {}
+/// Lets text with a variable stand for a value and for every part of it.
+fn or_variable(schema: &mut Value) {
+    parts_or_variable(schema);
+    let Value::Object(whole) = schema else { return };
+    let anything =
+        !["type", "anyOf", "oneOf", "enum", "const"].iter().any(|k| whole.contains_key(*k));
+    let text = whole.get("type").is_some_and(|t| {
+        t == "string" || t.as_array().is_some_and(|types| types.contains(&json!("string")))
+    });
+    if anything || text && !["enum", "pattern"].iter().any(|key| whole.contains_key(*key)) {
+        return;
     }
-    if shown && !default.is_object() {
-        schema.insert("default".to_owned(), default.clone());
+    let (outer, inner): (Map<_, _>, Map<_, _>) = std::mem::take(whole)
+        .into_iter()
+        .partition(|(key, _)| ["description", "default", "examples"].contains(&key.as_str()));
+    let mut cases = match <[_; 1]>::try_from(inner.into_iter().collect::<Vec<_>>()) {
+        // Values with a description each.
+        Ok([(key, Value::Array(cases))]) if ["anyOf", "oneOf"].contains(&key.as_str()) => cases,
+        Ok([(key, value)]) => vec![json!({key: value})],
+        Err(inner) => vec![Value::Object(inner.into_iter().collect())],
+    };
+    cases.push(json!({"$ref": "#/$defs/variable"}));
+    *whole = outer;
+    whole.insert("anyOf".to_owned(), Value::Array(cases));
+}
+
+fn parts_or_variable(schema: &mut Value) {
+    let Value::Object(whole) = schema else { return };
+    for (key, value) in whole.iter_mut() {
+        match (key.as_str(), value) {
+            ("properties", Value::Object(parts)) => parts.values_mut().for_each(or_variable),
+            ("additionalProperties" | "items", part) => or_variable(part),
+            ("prefixItems", Value::Array(parts)) => parts.iter_mut().for_each(or_variable),
+            ("anyOf" | "oneOf", Value::Array(cases)) => {
+                cases.iter_mut().for_each(parts_or_variable);
+            }
+            _ => {}
+        }
     }
-    Value::Object(schema)
 }
 
 #[cfg(test)]
@@ -206,11 +234,29 @@ mod tests {
     }
 
     #[test]
-    fn defaults_give_names_and_types() {
-        let schema = derived(&json!({"lora": {"r": 16}, "name": "x", "none": null}), false);
-        assert_eq!(schema["properties"]["lora"]["properties"]["r"]["type"][0], "number");
-        assert_eq!(schema["properties"]["lora"]["properties"]["r"]["default"], 16);
-        assert_eq!(schema["properties"]["name"], json!({"default": "x"}));
-        assert_eq!(schema["properties"]["none"], json!({"default": null}));
+    fn a_variable_may_stand_for_any_value_and_any_part() {
+        let mut schema = json!({
+            "type": "object",
+            "properties": {
+                "rate": {"type": "number", "description": "how fast", "default": 1},
+                "name": {"type": "string"},
+                "how": {"oneOf": [{"const": "fast"}, {"const": "slow"}]},
+                "range": {"type": "array", "items": {"type": "integer"}},
+            },
+        });
+        or_variable(&mut schema);
+        let variable = json!({"$ref": "#/$defs/variable"});
+        assert_eq!(schema["anyOf"][1], variable);
+        let properties = &schema["anyOf"][0]["properties"];
+        assert_eq!(
+            properties["rate"],
+            json!({
+                "description": "how fast", "default": 1,
+                "anyOf": [{"type": "number"}, variable],
+            })
+        );
+        assert_eq!(properties["name"], json!({"type": "string"}));
+        assert_eq!(properties["how"]["anyOf"].as_array().map(Vec::len), Some(3));
+        assert_eq!(properties["range"]["anyOf"][0]["items"]["anyOf"][1], variable);
     }
 }

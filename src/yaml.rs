@@ -8,8 +8,10 @@ use std::collections::{BTreeMap, HashMap};
 use granit_parser::{Event, Parser, ScalarStyle, Span};
 use serde_json::{Map, Number, Value};
 
-/// Aliases may multiply a document; nodes beyond this many are refused.
-const MAX_NODES: usize = 200_000;
+/// Aliases may multiply a document; beyond this many nodes that aliases brought it is refused.
+const MAX_ALIASED: usize = 200_000;
+/// Nodes in all beyond which a document is refused: hundreds of thousands of stages.
+const MAX_NODES: usize = 4_000_000;
 /// Nesting beyond this depth is refused.
 const MAX_DEPTH: usize = 64;
 
@@ -116,6 +118,7 @@ pub fn parse(text: &str, source: usize) -> Result<Node, YamlError> {
         text,
         source,
         nodes: 0,
+        aliased: 0,
         anchors: BTreeMap::new(),
     };
     builder.document()
@@ -126,6 +129,8 @@ struct Builder<'a> {
     text: &'a str,
     source: usize,
     nodes: usize,
+    /// Nodes that aliases brought.
+    aliased: usize,
     anchors: BTreeMap<usize, (Node, usize)>,
 }
 
@@ -173,7 +178,7 @@ impl<'a> Builder<'a> {
     fn node(&mut self, event: Event<'a>, span: Span, depth: usize) -> Result<Node, YamlError> {
         self.nodes += 1;
         let place = self.place(span);
-        if self.nodes > MAX_NODES || depth > MAX_DEPTH {
+        if self.nodes > MAX_NODES || self.aliased > MAX_ALIASED || depth > MAX_DEPTH {
             return Err(fault("the document is too large or nested too deeply", place));
         }
         let (mut node, anchor) = match event {
@@ -190,7 +195,7 @@ impl<'a> Builder<'a> {
                 let Some((node, size)) = self.anchors.get(&id).cloned() else {
                     return Err(fault("an alias inside its own anchor", place));
                 };
-                self.nodes += size;
+                self.aliased += size;
                 (node, 0)
             }
             _ => return Err(fault("unexpected structure", place)),

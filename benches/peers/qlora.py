@@ -2,9 +2,10 @@
 
     python3 benches/peers/qlora.py hf|unsloth SHAPE [STEPS] [--generate]
 
-SHAPE: qwen2.5-3b, smollm2-135m. The settings are those of `step time` in stages/shared/cuda/examples:
+SHAPE: qwen2.5-3b, gemma-2-2b, smollm2-135m. The settings are those of `step time` in stages/shared/cuda/examples:
 4-bit NF4 with double quantisation, r 16 on seven projections, micro-batches of 2 x 2048, 4 of them a
-step, AdamW in 8 bits, clipping at 1. `hf` is transformers, PEFT and bitsandbytes with checkpointing.
+step, AdamW in 8 bits, clipping at 1. `hf` is transformers, PEFT and bitsandbytes with checkpointing,
+attention by SDPA, or eager for Gemma-2, whose softcap SDPA leaves out.
 Needs an NVIDIA GPU, torch, transformers, peft, bitsandbytes, and unsloth for `unsloth`.
 """
 
@@ -18,7 +19,7 @@ os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", UNSLOTH_DISABLE_
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
 parser.add_argument("peer", choices=["hf", "unsloth"])
-parser.add_argument("shape", choices=["qwen2.5-3b", "smollm2-135m"])
+parser.add_argument("shape", choices=["qwen2.5-3b", "gemma-2-2b", "smollm2-135m"])
 parser.add_argument("steps", nargs="?", type=int, default=12)
 parser.add_argument("--generate", action="store_true")
 options = parser.parse_args()
@@ -36,6 +37,11 @@ SHAPES = {
         hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16,
         num_key_value_heads=2, vocab_size=151936, rope_theta=1e6, rms_norm_eps=1e-6,
         use_sliding_window=False)),
+    "gemma-2-2b": (transformers.Gemma2Config, transformers.Gemma2ForCausalLM, dict(
+        hidden_size=2304, intermediate_size=9216, num_hidden_layers=26, num_attention_heads=8,
+        num_key_value_heads=4, head_dim=256, vocab_size=256000, query_pre_attn_scalar=256,
+        sliding_window=4096, attn_logit_softcapping=50.0, final_logit_softcapping=30.0,
+        rope_theta=1e4, rms_norm_eps=1e-6)),
     "smollm2-135m": (transformers.LlamaConfig, transformers.LlamaForCausalLM, dict(
         hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
         num_key_value_heads=3, vocab_size=49152, rope_theta=1e5, rms_norm_eps=1e-5)),
@@ -50,7 +56,8 @@ def checkpoint():
     config, model, shape = SHAPES[options.shape]
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
-        made = model(config(tie_word_embeddings=True, max_position_embeddings=32768, bos_token_id=1,
+        positions = 8192 if options.shape.startswith("gemma") else 32768
+        made = model(config(tie_word_embeddings=True, max_position_embeddings=positions, bos_token_id=1,
                             eos_token_id=2, pad_token_id=3, **shape))
     torch.set_default_dtype(torch.float32)
     made.save_pretrained(folder)
@@ -79,7 +86,7 @@ def load(folder):
         bnb_4bit_compute_dtype=torch.bfloat16)
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, quantization_config=quantization, dtype=torch.bfloat16, device_map={"": 0},
-        attn_implementation="sdpa")
+        attn_implementation="eager" if options.shape.startswith("gemma") else "sdpa")
     model = peft.prepare_model_for_kbit_training(
         model, use_gradient_checkpointing=True,
         gradient_checkpointing_kwargs={"use_reentrant": False})

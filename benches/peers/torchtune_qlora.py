@@ -1,9 +1,10 @@
 """The same training step with torchtune: torchao's NF4, compiled layers, chunked loss.
 
-    python3 benches/peers/torchtune_qlora.py keep|recompute
+    python3 benches/peers/torchtune_qlora.py keep|recompute [SHAPE]
 
-Qwen2.5-3B shapes, random weights, settings as in qlora.py. Needs an NVIDIA GPU, torchtune 0.6.1,
-torchao 0.13.0, bitsandbytes.
+SHAPE: qwen2.5-3b, smollm2-135m, gemma-2-2b (of which torchtune caps the last hidden state in place of the logits, at the
+same cost or less). Random weights, settings as in qlora.py. Needs an NVIDIA GPU, torchtune 0.6.1, torchao
+0.13.0, bitsandbytes.
 """
 
 import json
@@ -13,16 +14,33 @@ import time
 import bitsandbytes
 import torch
 from torchtune import training
+from torchtune.models.gemma2 import lora_gemma2_2b
+from torchtune.models.llama3_2._component_builders import lora_llama3_2
 from torchtune.models.qwen2_5 import lora_qwen2_5_3b
 from torchtune.modules import TransformerSelfAttentionLayer
 from torchtune.modules.loss import CEWithChunkedOutputLoss
 from torchtune.modules.peft import get_adapter_params, set_trainable_params
 
-ROWS, LENGTH, ACCUMULATION, VOCABULARY = 2, 2048, 4, 151936
+ROWS, LENGTH, ACCUMULATION = 2, 2048, 4
+
+
+def lora_smollm2_135m(**lora):
+    return lora_llama3_2(
+        vocab_size=49152, num_layers=30, num_heads=9, num_kv_heads=3, embed_dim=576, max_seq_len=8192,
+        intermediate_dim=1536, norm_eps=1e-5, rope_base=100_000, scale_factor=1, **lora)
+
+
+SHAPES = {
+    "qwen2.5-3b": (lora_qwen2_5_3b, 151936),
+    "gemma-2-2b": (lora_gemma2_2b, 256000),
+    "smollm2-135m": (lora_smollm2_135m, 49152),
+}
 mode, device = sys.argv[1], torch.device("cuda")
+shape = sys.argv[2] if len(sys.argv) > 2 else "qwen2.5-3b"
+make, VOCABULARY = SHAPES[shape]
 torch.set_float32_matmul_precision("high")
 with training.set_default_dtype(torch.bfloat16), device:
-    model = lora_qwen2_5_3b(
+    model = make(
         lora_attn_modules=["q_proj", "k_proj", "v_proj", "output_proj"], apply_lora_to_mlp=True,
         lora_rank=16, lora_alpha=16, lora_dropout=0.0, quantize_base=True)
     for module in model.modules():
@@ -58,7 +76,7 @@ for step in range(12):
 timed = sorted(times[4:])
 median = timed[len(timed) // 2]
 print(json.dumps({
-    "peer": f"torchtune, {mode}", "shape": "qwen2.5-3b", "step_ms": round(median * 1e3, 1),
+    "peer": f"torchtune, {mode}", "shape": shape, "step_ms": round(median * 1e3, 1),
     "best_ms": round(timed[0] * 1e3, 1), "first_step_s": round(times[0], 1),
     "tok_s": round(ROWS * LENGTH * ACCUMULATION / median),
     "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2)}), flush=True)

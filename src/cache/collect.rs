@@ -28,9 +28,10 @@ pub const DEFAULT_CAP: u64 = 200 << 30;
 /// What may go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct GcOptions {
-    /// Records not used for so long go, whatever the size.
+    /// What was not used for so long goes, whatever the size.
     pub older_than: Option<Duration>,
-    /// Records go, the longest unused first, until no more than so many bytes are left.
+    /// Checkpoints of unfinished work and records go, the longest unused first, until no more than
+    /// so many bytes of them and objects are left.
     pub max_bytes: Option<u64>,
     /// Says what would go and removes nothing.
     pub dry_run: bool,
@@ -67,10 +68,8 @@ impl Cache {
         if meta.modified().is_ok_and(|used| age(used) < GRACE / 2) {
             return true;
         }
-        // Where the record is another user's, or the cache can only be read, it is left as it is.
-        let now = SystemTime::now();
-        let touched = fs::File::open(&path).and_then(|file| file.set_modified(now));
-        touched.is_ok() || path.exists()
+        // Where the record may not be written it is left as it is.
+        durable::touch(&path).is_ok() || path.exists()
     }
 
     /// Days since gc removed the record of a fingerprint that is needed now; counts that.
@@ -118,21 +117,56 @@ impl Cache {
     /// [`CacheError`] where a folder cannot be listed or a file not removed.
     pub fn collect(&self, options: GcOptions) -> Result<Collected, CacheError> {
         let mut collected = Collected::default();
-        let gone = self.collect_records(options, &mut collected)?;
+        let scratch = self.collect_scratch(options, &mut collected)?;
+        let gone = self.collect_records(options, scratch, &mut collected)?;
         self.collect_objects(options, &gone, &mut collected)?;
         self.collect_leftovers(options, &gone, &mut collected)?;
         Ok(collected)
     }
 
+    /// Checkpoints of executions that never ended; returns the bytes of those that stay.
+    fn collect_scratch(
+        &self,
+        options: GcOptions,
+        collected: &mut Collected,
+    ) -> Result<u64, CacheError> {
+        let mut all = Vec::new();
+        for path in files_at(&self.root.join("scratch"), 1)? {
+            all.extend(newest(&path).map(|used| (used, bytes_below(&path), path)));
+        }
+        all.sort();
+        let mut left = all.iter().map(|(_, bytes, _)| bytes).sum::<u64>();
+        let objects = self.held()?.iter().map(|o| o.bytes).sum::<u64>();
+        for (used, bytes, path) in all {
+            let old = age(used) > options.older_than.unwrap_or(LEFTOVERS).min(LEFTOVERS);
+            let large = options.max_bytes.is_some_and(|limit| objects + left > limit);
+            if !(old || large) || age(used) < GRACE {
+                continue;
+            }
+            let fingerprint = path.file_name().and_then(|n| n.to_str()?.parse().ok());
+            let lease =
+                fingerprint.filter(|_| !options.dry_run).map(|f| self.lease(f)).transpose()?;
+            if matches!(lease, Some(Acquired::Held(_))) {
+                continue;
+            }
+            left -= bytes;
+            collected.leftovers += 1;
+            collected.bytes += bytes;
+            remove(&path, options)?;
+        }
+        Ok(left)
+    }
+
     fn collect_records(
         &self,
         options: GcOptions,
+        scratch: u64,
         collected: &mut Collected,
     ) -> Result<BTreeSet<Fingerprint>, CacheError> {
         let (roots, pins) = (self.roots()?, self.pins()?);
         let mut kept = self.kept()?;
         kept.sort_by_key(|k| k.used);
-        let (mut references, mut bytes) = (std::collections::BTreeMap::new(), 0u64);
+        let (mut references, mut bytes) = (std::collections::BTreeMap::new(), scratch);
         let held: std::collections::BTreeMap<Digest, u64> =
             self.held()?.iter().filter_map(|o| Some((o.digest?, o.bytes))).collect();
         for record in kept.iter().filter_map(|k| k.record.as_ref().ok()) {
@@ -142,7 +176,7 @@ impl Cache {
                 bytes += if *count == 1 { held.get(&digest).copied().unwrap_or(0) } else { 0 };
             }
         }
-        let mut gone = BTreeSet::new();
+        let (mut gone, mut folders) = (BTreeSet::new(), BTreeSet::new());
         for Kept { path, used, record } in &kept {
             let Ok(record) = record else { continue };
             let fingerprint = record.fingerprint;
@@ -162,7 +196,12 @@ impl Cache {
                 bytes -= if *count == 0 { held.get(&digest).copied().unwrap_or(0) } else { 0 };
             }
             gone.insert(fingerprint);
+            folders.extend(path.parent());
             collected.records.push((record.stage.clone(), fingerprint.to_hex()));
+        }
+        // Before their objects: a power cut must not leave a record without them.
+        for folder in folders.iter().filter(|_| !options.dry_run) {
+            durable::sync_dir(folder).map_err(|e| CacheError::io("flush", folder, e))?;
         }
         Ok(gone)
     }
@@ -177,7 +216,7 @@ impl Cache {
         let text = unix_seconds().to_string();
         durable::replace(&self.tmp_dir(), &tombstone, text.as_bytes())
             .map_err(|e| CacheError::io("write", &tombstone, e))?;
-        fs::remove_file(path).map_err(|e| CacheError::io("remove", path, e))?;
+        durable::remove(path).map_err(|e| CacheError::io("remove", path, e))?;
         Ok(true)
     }
 
@@ -216,7 +255,7 @@ impl Cache {
         collected: &mut Collected,
     ) -> Result<(), CacheError> {
         let mut old = Vec::new();
-        for folder in ["tmp", "scratch", "logs", "quarantine", "listings-v1", "evicted"] {
+        for folder in ["tmp", "logs", "quarantine", "listings-v1", "evicted"] {
             old.extend(files_at(&self.root.join(folder), 1)?);
         }
         for path in old {

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
 use super::object::{listing, metadata};
-use super::{Cache, CacheError, TreeEntry};
+use super::{Cache, CacheError, TreeEntry, durable};
 use crate::digest::Digest;
 
 /// Folders nested deeper than this are refused.
@@ -115,10 +115,15 @@ pub(super) fn files_below(root: &Path) -> Result<Vec<Found>, CacheError> {
         for entry in fs::read_dir(&dir).map_err(io)? {
             let entry = entry.map_err(io)?;
             let path = entry.path();
-            let Some(name) = entry.file_name().to_str().map(|n| format!("{prefix}{n}")) else {
+            let name = entry.file_name();
+            let Some(name) = name.to_str() else {
                 let shown = path.display();
                 return Err(CacheError::Unfit(format!("{shown} has a name that is not UTF-8")));
             };
+            if durable::is_left_open(name) {
+                continue;
+            }
+            let name = format!("{prefix}{name}");
             let kind = entry.file_type().map_err(io)?;
             let kind = if kind.is_symlink() { metadata(&path)?.file_type() } else { kind };
             if kind.is_dir() {

@@ -3,12 +3,16 @@
 //! A lease only saves work. Losing one, or a clock or file system that lies, makes two processes
 //! do the same work; publishing stays correct.
 
+use std::collections::HashMap;
 use std::fs;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Sender, channel};
+use std::sync::{Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
+use rustix::process::{Pid, getuid, test_kill_process};
 use serde::{Deserialize, Serialize};
 
 use super::{Cache, CacheError, durable};
@@ -16,14 +20,22 @@ use crate::digest::Fingerprint;
 
 /// A live holder renews its lease this often.
 const HEARTBEAT: Duration = Duration::from_secs(10);
-/// A lease not renewed for this long is up for takeover.
+/// A lease on another host that is not seen to be renewed for this long is up for takeover.
 const EXPIRY: Duration = Duration::from_secs(60);
+/// Nobody waits to see whether one this old is renewed: no clocks differ so much.
+const LONG_DEAD: Duration = Duration::from_secs(24 * 3600);
 
 /// Who holds a lease.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Holder {
+    /// Only shown.
+    #[serde(default)]
+    user: String,
     host: String,
     boot: String,
+    /// Namespace that the process number belongs to; containers of one host have their own.
+    #[serde(default)]
+    processes: String,
     process: u32,
     /// Start time of the process in clock ticks since boot: tells a reused process number.
     started: u64,
@@ -44,8 +56,64 @@ pub struct Lease {
 pub enum Acquired {
     /// It is ours.
     Mine(Lease),
-    /// Somebody else works on it: `host (process 123)`.
+    /// Somebody else works on it: `anna on host (process 123)`.
     Held(String),
+}
+
+/// When this process first saw the heartbeats of leases on other hosts. Clocks of hosts differ, and
+/// whether a heart beats can be seen without them.
+#[derive(Debug, Default)]
+pub(super) struct Watched(Mutex<HashMap<String, (SystemTime, Instant)>>);
+
+impl Watched {
+    /// Whether a lease has been renewed within [`EXPIRY`] as far as can be known.
+    pub(super) fn beats(&self, token: &str, beat: SystemTime, now: Instant) -> bool {
+        if SystemTime::now().duration_since(beat).is_ok_and(|age| age > LONG_DEAD) {
+            return false;
+        }
+        let mut seen = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let (last, since) = seen.entry(token.to_owned()).or_insert((beat, now));
+        if *last != beat {
+            (*last, *since) = (beat, now);
+        }
+        now.duration_since(*since) < EXPIRY
+    }
+}
+
+/// What lies where a lease is looked for.
+enum Found {
+    Nothing,
+    /// A lease, and when it was last renewed.
+    Held(Holder, SystemTime),
+    /// Something else.
+    Litter,
+}
+
+impl Found {
+    fn at(path: &Path) -> Self {
+        let read = || {
+            // What an opened file says is what the server of a network file system says.
+            let mut file = fs::File::open(path)?;
+            let mut text = Vec::new();
+            file.read_to_end(&mut text)?;
+            Ok::<_, io::Error>((text, file.metadata()?.modified()?))
+        };
+        match durable::again(read) {
+            Ok((text, beat)) => match serde_json::from_slice(&text) {
+                Ok(holder) => Self::Held(holder, beat),
+                Err(_) => Self::Litter,
+            },
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Self::Nothing,
+            Err(_) => Self::Litter,
+        }
+    }
+
+    fn token(&self) -> Option<&str> {
+        match self {
+            Self::Held(holder, _) => Some(&holder.token),
+            _ => None,
+        }
+    }
 }
 
 impl Cache {
@@ -59,27 +127,52 @@ impl Cache {
         let holder = Holder::this();
         let text = serde_json::to_vec(&holder).unwrap_or_default();
         for _ in 0..16 {
+            match Found::at(&path) {
+                Found::Nothing => {}
+                Found::Held(other, beat) if self.is_alive(&other, beat) => {
+                    return Ok(Acquired::Held(other.to_string()));
+                }
+                left_behind => self.take_away(&path, &left_behind),
+            }
             let staged = durable::stage_bytes(&self.tmp_dir(), &text).map_err(io)?;
             durable::create_parent(&path).map_err(io)?;
             if durable::rename_exclusive(&staged, &path).map_err(io)? {
                 return Ok(Acquired::Mine(Lease::beating(path, holder)));
             }
             let _ = fs::remove_file(&staged);
-            match holder_of(&path) {
-                Some((other, age)) if other.alive(age) => {
-                    let Holder { host, process, .. } = other;
-                    return Ok(Acquired::Held(format!("{host} (process {process})")));
-                }
-                // Gone meanwhile, or left behind: whoever moves it away first asks again.
-                _ => {
-                    let aside = self.tmp_dir().join(durable::unique_name());
-                    if fs::rename(&path, &aside).is_ok() {
-                        let _ = fs::remove_file(&aside);
-                    }
-                }
-            }
+            durable::look_again(path.parent().unwrap_or(&self.root));
         }
         Ok(Acquired::Held("another process".to_owned()))
+    }
+
+    /// Whether the holder still works: certain where its process can be looked at, by heartbeat
+    /// elsewhere.
+    fn is_alive(&self, holder: &Holder, beat: SystemTime) -> bool {
+        let this = Holder::this();
+        if this.host == holder.host && this.boot != holder.boot && !this.boot.is_empty() {
+            return false;
+        }
+        if this.boot == holder.boot
+            && this.host == holder.host
+            && this.processes == holder.processes
+        {
+            return lives(holder.process, holder.started);
+        }
+        self.watched.beats(&holder.token, beat, Instant::now())
+    }
+
+    /// Moves a lease that was left behind out of the way, unless somebody has just done so and put
+    /// a new one there.
+    fn take_away(&self, path: &Path, judged: &Found) {
+        let aside = self.tmp_dir().join(durable::unique_name());
+        if durable::create_parent(&aside).and_then(|()| durable::rename(path, &aside)).is_err() {
+            return;
+        }
+        if Found::at(&aside).token() == judged.token()
+            || !durable::rename_exclusive(&aside, path).unwrap_or(true)
+        {
+            let _ = fs::remove_file(&aside);
+        }
     }
 }
 
@@ -90,9 +183,7 @@ impl Lease {
         let heart = std::thread::spawn(move || {
             while stopped.recv_timeout(HEARTBEAT) == Err(std::sync::mpsc::RecvTimeoutError::Timeout)
             {
-                let now = SystemTime::now();
-                let _ =
-                    fs::File::options().append(true).open(&beat).and_then(|f| f.set_modified(now));
+                let _ = durable::touch(&beat);
             }
         });
         Self { path, holder, stop: Some(stop), heart: Some(heart) }
@@ -105,7 +196,7 @@ impl Drop for Lease {
         if let Some(heart) = self.heart.take() {
             let _ = heart.join();
         }
-        if holder_of(&self.path).is_some_and(|(holder, _)| holder == self.holder) {
+        if Found::at(&self.path).token() == Some(&self.holder.token) {
             let _ = fs::remove_file(&self.path);
         }
     }
@@ -114,37 +205,55 @@ impl Drop for Lease {
 impl Holder {
     fn this() -> Self {
         let process = std::process::id();
+        let user = std::env::var("USER").unwrap_or_default();
+        let user = if user.is_empty() { getuid().as_raw().to_string() } else { user };
         Self {
+            user,
             host: rustix::system::uname().nodename().to_string_lossy().into_owned(),
             boot: boot_id(),
+            processes: process_namespace(),
             process,
             started: started(process).unwrap_or(0),
             token: durable::unique_name(),
         }
     }
+}
 
-    /// Whether the holder still works: certain on this host, by heartbeat elsewhere.
-    fn alive(&self, age: Duration) -> bool {
-        let this = rustix::system::uname().nodename().to_string_lossy() == self.host;
-        if this && self.boot == boot_id() {
-            return started(self.process) == Some(self.started);
+impl std::fmt::Display for Holder {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { user, host, process, .. } = self;
+        if user.is_empty() {
+            write!(f, "{host} (process {process})")
+        } else {
+            write!(f, "{user} on {host} (process {process})")
         }
-        if this && !self.boot.is_empty() {
-            return false;
-        }
-        age < EXPIRY
     }
 }
 
-fn holder_of(path: &Path) -> Option<(Holder, Duration)> {
-    let meta = fs::metadata(path).ok()?;
-    let age = SystemTime::now().duration_since(meta.modified().ok()?).unwrap_or_default();
-    Some((serde_json::from_slice(&fs::read(path).ok()?).ok()?, age))
+/// This process as others see it: `anna on host (process 123)`.
+pub(crate) fn this_process() -> String {
+    Holder::this().to_string()
 }
 
-fn boot_id() -> String {
+pub(super) fn boot_id() -> String {
     let id = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
     id.trim().to_owned()
+}
+
+fn process_namespace() -> String {
+    let link = fs::read_link("/proc/self/ns/pid").unwrap_or_default();
+    link.to_string_lossy().into_owned()
+}
+
+/// Whether a process of this host is still the one that started then.
+fn lives(process: u32, started_at: u64) -> bool {
+    if Path::new(&format!("/proc/{process}")).exists() {
+        return started(process) == Some(started_at);
+    }
+    // Other users' processes can be hidden; they cannot be signalled then, which tells that they
+    // are there.
+    let pid = i32::try_from(process).ok().and_then(Pid::from_raw);
+    pid.is_some_and(|pid| test_kill_process(pid) == Err(rustix::io::Errno::PERM))
 }
 
 /// Field 22 of `/proc/PID/stat`, counted after the parenthesised name; none for a process that is

@@ -8,7 +8,7 @@ use std::sync::atomic::Ordering;
 
 use contract::OutputForm;
 
-use super::{Cache, CacheError};
+use super::{Cache, CacheError, durable};
 use crate::digest::Digest;
 use crate::record::OutputRecord;
 
@@ -26,10 +26,11 @@ impl Cache {
                     Err(_) => self.no_reflinks.store(true, Ordering::Relaxed),
                 }
             }
-            if !exec && fs::hard_link(object, to).is_ok() {
+            if !exec && durable::link(object, to).is_ok() {
                 return Ok(());
             }
-            fs::copy(object, to)?;
+            // Never onto a name that is there: it could be one of the object itself.
+            io::copy(&mut File::open(object)?, &mut File::create_new(to)?)?;
             protect(to, exec)
         })
     }
@@ -57,7 +58,7 @@ impl Cache {
     /// # Errors
     /// [`CacheError`] when the disk refuses.
     pub fn write_working_file(&self, to: &Path, text: &[u8]) -> Result<(), CacheError> {
-        super::durable::create_parent(to)
+        durable::create_parent(to)
             .and_then(|()| fs::write(to, text))
             .map_err(|e| CacheError::io("write", to, e))
     }
@@ -78,7 +79,7 @@ impl Cache {
         put: &dyn Fn(&Path, &Path, bool) -> io::Result<()>,
     ) -> Result<(), CacheError> {
         let one = |digest: Digest, to: &Path, exec: bool| {
-            super::durable::create_parent(to)
+            durable::create_parent(to)
                 .and_then(|()| put(&self.object_path(digest), to, exec))
                 .map_err(|e| CacheError::io("make", to, e))
         };

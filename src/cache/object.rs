@@ -68,6 +68,7 @@ impl Cache {
                 let digest = Digest::of(&listing);
                 let tmp = self.tmp_dir();
                 let staged = durable::stage_bytes(&tmp, &listing)
+                    .and_then(|staged| protect(&staged).map(|()| staged))
                     .map_err(|e| CacheError::io("write to", &tmp, e))?;
                 self.install(&staged, digest)?;
                 Ok(Stored { digest, bytes: entries.iter().map(|e| e.bytes).sum() })
@@ -97,9 +98,7 @@ impl Cache {
         };
         // A file with other names is not ours alone, and its mode is not ours to change.
         if meta.nlink() == 1 {
-            let readable = meta.mode() & 0o444;
-            fs::set_permissions(path, fs::Permissions::from_mode(readable))
-                .map_err(io("protect"))?;
+            protect(path).map_err(io("protect"))?;
         }
         self.install(path, digest)?;
         Ok(Stored { digest, bytes: meta.len() })
@@ -108,15 +107,15 @@ impl Cache {
     /// Gives a synced file its place, durably, unless a sound object is there already.
     pub(super) fn install(&self, staged: &Path, digest: Digest) -> Result<(), CacheError> {
         let target = self.object_path(digest);
-        if self.settle(staged, digest)? {
-            durable::sync_dir(target.parent().unwrap_or(&self.root))
-                .map_err(|e| CacheError::io("store", &target, e))?;
-        }
-        Ok(())
+        let io = |e| CacheError::io("store", &target, e);
+        durable::create_synced_parent(&target).map_err(io)?;
+        self.settle(staged, digest)?;
+        // Also where it was there: whoever stored it may not have come so far yet.
+        durable::sync_dir(target.parent().unwrap_or(&self.root)).map_err(io)
     }
 
-    /// The same without syncing the folder: whether the file took its place.
-    pub(super) fn settle(&self, staged: &Path, digest: Digest) -> Result<bool, CacheError> {
+    /// The same without syncing the folder.
+    pub(super) fn settle(&self, staged: &Path, digest: Digest) -> Result<(), CacheError> {
         let target = self.object_path(digest);
         let io = |e| CacheError::io("store", &target, e);
         durable::create_parent(&target).map_err(io)?;
@@ -126,24 +125,18 @@ impl Cache {
             placed = durable::rename_exclusive(staged, &target).map_err(io)?;
         }
         if !placed {
-            fs::remove_file(staged).map_err(io)?;
-            self.renew(&target, digest);
-        } else if let Ok(meta) = fs::metadata(&target) {
-            self.index.remember(&target, &meta, digest);
+            // An object that is stored again gets the age of a new one: its record is yet to come.
+            // Another user's is replaced by its equal instead.
+            let renewed = durable::touch(&target).or_else(|_| durable::rename(staged, &target));
+            durable::remove(staged).map_err(io)?;
+            if let Err(error) = renewed {
+                tracing::debug!(%error, path = %target.display(), "could not renew an object");
+            }
         }
-        Ok(placed)
-    }
-
-    /// Gives an object that is stored again the age of a new one: its record is yet to come.
-    fn renew(&self, path: &Path, digest: Digest) {
-        let now = std::time::SystemTime::now();
-        let renewed = File::open(path).and_then(|file| {
-            file.set_modified(now)?;
-            file.metadata()
-        });
-        if let Ok(meta) = renewed {
-            self.index.remember(path, &meta, digest);
+        if let Ok(meta) = fs::metadata(&target) {
+            self.index.remember(&target, &meta, digest, true);
         }
+        Ok(())
     }
 
     /// Checks that an object is there and holds what its name says; memoised.
@@ -152,7 +145,11 @@ impl Cache {
     /// What is wrong, for people.
     pub(crate) fn verify(&self, digest: Digest, bytes: Option<u64>) -> Result<(), String> {
         let path = self.object_path(digest);
-        let meta = match fs::metadata(&path) {
+        let found = fs::metadata(&path).or_else(|_| {
+            durable::look_again(path.parent().unwrap_or(&self.root));
+            fs::metadata(&path)
+        });
+        let meta = match found {
             Ok(meta) => meta,
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Err("is missing".to_owned()),
             Err(e) => return Err(format!("cannot be read: {e}")),
@@ -163,10 +160,9 @@ impl Cache {
         if self.index.lookup(&path, &meta, true) == Some(digest) {
             return Ok(());
         }
-        let found = File::open(&path).and_then(|f| hash(&f));
-        match found {
+        match durable::again(|| hash(File::open(&path)?)) {
             Ok(found) if found == digest => {
-                self.index.remember(&path, &meta, digest);
+                self.index.remember(&path, &meta, digest, true);
                 Ok(())
             }
             Ok(_) => Err("holds other bytes than its digest says".to_owned()),
@@ -181,7 +177,7 @@ impl Cache {
     pub(crate) fn tree(&self, digest: Digest) -> Result<Vec<TreeEntry>, String> {
         self.verify(digest, None)?;
         let path = self.object_path(digest);
-        let text = fs::read(&path).map_err(|e| format!("cannot be read: {e}"))?;
+        let text = durable::read(&path).map_err(|e| format!("cannot be read: {e}"))?;
         let entries: Vec<TreeEntry> =
             serde_json::from_slice(&text).map_err(|e| format!("is no listing: {e}"))?;
         let safe = |p: &str| p.split('/').all(|s| !s.is_empty() && s != "." && s != "..");
@@ -198,7 +194,7 @@ impl Cache {
         }
         let digest =
             File::open(path).and_then(|f| hash(&f)).map_err(|e| CacheError::io("read", path, e))?;
-        self.index.remember(path, meta, digest);
+        self.index.remember(path, meta, digest, false);
         Ok(digest)
     }
 
@@ -214,6 +210,12 @@ impl Cache {
             tracing::warn!(path = %path.display(), "moved a damaged file to the quarantine");
         }
     }
+}
+
+/// Takes away the right to write, and leaves who may read as the umask had it.
+fn protect(path: &Path) -> io::Result<()> {
+    let readable = fs::metadata(path)?.permissions().mode() & 0o444;
+    fs::set_permissions(path, fs::Permissions::from_mode(readable))
 }
 
 pub(super) fn metadata(path: &Path) -> Result<Metadata, CacheError> {

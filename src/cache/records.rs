@@ -79,7 +79,7 @@ impl Cache {
         let linked = durable::create_parent(&kept).and_then(|()| {
             // A forced rerun has another log.
             let _ = fs::remove_file(&kept);
-            fs::hard_link(log, &kept).or_else(|_| fs::copy(log, &kept).map(drop))
+            durable::link(log, &kept).or_else(|_| fs::copy(log, &kept).map(drop))
         });
         if let Err(error) = linked {
             tracing::debug!(%error, "could not keep {}", log.display());

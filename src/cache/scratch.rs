@@ -28,7 +28,7 @@ impl Cache {
         // Names begin with the time of creation.
         earlier.sort_by(|a, b| b.cmp(a));
         let own = all.join(durable::unique_name());
-        fs::create_dir_all(&own).map_err(|e| CacheError::io("create", &own, e))?;
+        durable::create_folder(&own).map_err(|e| CacheError::io("create", &own, e))?;
         Ok(Scratch { all, own, earlier })
     }
 }

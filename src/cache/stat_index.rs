@@ -12,14 +12,20 @@ use std::sync::Mutex;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::cache::durable;
+use crate::cache::lease::boot_id;
 use crate::digest::Digest;
 
-const MAGIC: &[u8; 8] = b"pipestA1";
+const MAGIC: &[u8; 8] = b"pipestA2";
+/// Magic, and the boot that the entries are from.
+const HEAD: usize = MAGIC.len() + 8;
 /// Path hash, device, inode, size, mtime, ctime, time of hashing, digest.
 const ENTRY: usize = 16 + 6 * 8 + 32;
 /// A file changed this shortly before it was hashed may change again within the same tick of a
 /// coarse file system clock; it is hashed again next time.
 const RACY_NANOSECONDS: u64 = 2_000_000_000;
+/// What was written this shortly before it was hashed need not have been on the disk yet: after a
+/// power cut a user's file can have its new times and its old bytes.
+const UNFLUSHED_NANOSECONDS: u64 = 120_000_000_000;
 /// Beyond this many entries the index starts afresh.
 const MAX_ENTRIES: usize = 2_000_000;
 
@@ -43,7 +49,16 @@ pub(crate) struct StatIndex {
 #[derive(Debug, Default)]
 struct State {
     loaded: Option<Vec<u8>>,
+    /// The file is from before the last start of this host.
+    from_earlier_boot: bool,
     fresh: HashMap<Key, Entry>,
+}
+
+impl Entry {
+    /// Nanoseconds between the file's last change and its hashing.
+    fn age(&self) -> u64 {
+        self.hashed_at.saturating_sub(self.stat[3].max(self.stat[4]))
+    }
 }
 
 impl std::fmt::Debug for Entry {
@@ -70,12 +85,14 @@ impl StatIndex {
     pub(crate) fn lookup(&self, path: &Path, meta: &Metadata, settled: bool) -> Option<Digest> {
         let key = key(path);
         let mut state = self.state.lock().ok()?;
-        let entry = match state.fresh.get(&key) {
-            Some(entry) => *entry,
-            None => search(self.load(&mut state), &key)?,
+        let (entry, unsafe_for) = if let Some(entry) = state.fresh.get(&key) {
+            (*entry, RACY_NANOSECONDS)
+        } else {
+            let entry = search(self.load(&mut state), &key)?;
+            (entry, if state.from_earlier_boot { UNFLUSHED_NANOSECONDS } else { RACY_NANOSECONDS })
         };
         let stat = stat(meta);
-        let racy = entry.hashed_at.saturating_sub(stat[3].max(stat[4])) < RACY_NANOSECONDS;
+        let racy = entry.age() < unsafe_for;
         let content = |stat: &[u64; 5]| [stat[0], stat[1], stat[2], stat[3]];
         let same = if settled {
             content(&entry.stat) == content(&stat)
@@ -85,10 +102,12 @@ impl StatIndex {
         same.then_some(entry.digest)
     }
 
-    /// Remembers a digest of the bytes that `meta` (taken before hashing) describes.
-    pub(crate) fn remember(&self, path: &Path, meta: &Metadata, digest: Digest) {
+    /// Remembers a digest of the bytes that `meta` (taken before hashing) describes. `settled` as
+    /// for [`StatIndex::lookup`]: such files were flushed before they got their name.
+    pub(crate) fn remember(&self, path: &Path, meta: &Metadata, digest: Digest, settled: bool) {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos();
-        let entry = Entry { stat: stat(meta), hashed_at: now as u64, digest };
+        let hashed_at = if settled { u64::MAX } else { now as u64 };
+        let entry = Entry { stat: stat(meta), hashed_at, digest };
         if let Ok(mut state) = self.state.lock() {
             state.fresh.insert(key(path), entry);
         }
@@ -106,10 +125,13 @@ impl StatIndex {
         if all.len() > MAX_ENTRIES {
             all.clear();
         }
+        if state.from_earlier_boot {
+            all.retain(|_, entry| entry.age() >= UNFLUSHED_NANOSECONDS);
+        }
         all.extend(state.fresh.drain());
         let mut sorted: Vec<(Key, Entry)> = all.into_iter().collect();
         sorted.sort_unstable_by_key(|(key, _)| *key);
-        let mut bytes = MAGIC.to_vec();
+        let mut bytes = [*MAGIC, boot()].concat();
         for (key, entry) in &sorted {
             bytes.extend(key);
             for number in entry.stat.iter().chain([&entry.hashed_at]) {
@@ -127,24 +149,32 @@ impl StatIndex {
                 let _ = fs::remove_file(&staged);
             }
         }
-        state.loaded = Some(bytes);
+        (state.loaded, state.from_earlier_boot) = (Some(bytes), false);
     }
 
     /// The file's content; empty where it is absent or damaged.
     fn load<'a>(&self, state: &'a mut State) -> &'a [u8] {
-        state.loaded.get_or_insert_with(|| {
+        let State { loaded, from_earlier_boot, .. } = state;
+        loaded.get_or_insert_with(|| {
             let bytes = self.path.as_ref().and_then(|p| fs::read(p).ok()).unwrap_or_default();
             let Some((body, sum)) = bytes.split_last_chunk::<32>() else { return Vec::new() };
             let whole = body.starts_with(MAGIC)
-                && (body.len() - MAGIC.len()).is_multiple_of(ENTRY)
+                && body.len().checked_sub(HEAD).is_some_and(|rest| rest.is_multiple_of(ENTRY))
                 && blake3::hash(body) == *sum;
+            *from_earlier_boot = whole && body[MAGIC.len()..HEAD] != boot();
             if whole { bytes } else { Vec::new() }
         })
     }
 }
 
+/// Tells this start of the host from others.
+fn boot() -> [u8; 8] {
+    let hash = blake3::hash(boot_id().as_bytes());
+    hash.as_bytes().first_chunk().copied().unwrap_or_default()
+}
+
 fn body(bytes: &[u8]) -> &[u8] {
-    bytes.get(MAGIC.len()..bytes.len().saturating_sub(32)).unwrap_or_default()
+    bytes.get(HEAD..bytes.len().saturating_sub(32)).unwrap_or_default()
 }
 
 fn search(bytes: &[u8], key: &Key) -> Option<Entry> {
@@ -217,7 +247,7 @@ mod tests {
         fs::write(&file, "one").unwrap();
         let meta = fs::metadata(&file).unwrap();
         let first = index(dir.path());
-        first.remember(&file, &meta, Digest::of(b"one"));
+        first.remember(&file, &meta, Digest::of(b"one"), false);
         first.flush();
         let second = index(dir.path());
         assert_eq!(second.lookup(&file, &meta, true), Some(Digest::of(b"one")));
@@ -227,13 +257,40 @@ mod tests {
     }
 
     #[test]
+    fn after_a_restart_a_file_hashed_before_it_was_flushed_is_hashed_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("a");
+        fs::write(&file, "one").unwrap();
+        let meta = fs::metadata(&file).unwrap();
+        let settled = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_nanos() as u64;
+        for (after, before_restart, after_restart) in
+            [(1, false, false), (60, true, false), (200, true, true)]
+        {
+            let first = index(dir.path());
+            let digest = Digest::of(b"one");
+            let entry =
+                Entry { stat: stat(&meta), hashed_at: settled + after * 1_000_000_000, digest };
+            first.state.lock().unwrap().fresh.insert(key(&file), entry);
+            first.flush();
+            let known = |index: StatIndex| index.lookup(&file, &meta, false).is_some();
+            assert_eq!(known(index(dir.path())), before_restart, "{after}");
+            let mut bytes = fs::read(dir.path().join("index")).unwrap();
+            bytes.truncate(bytes.len() - 32);
+            bytes[MAGIC.len()] ^= 1;
+            bytes.extend(*blake3::hash(&bytes).as_bytes());
+            fs::write(dir.path().join("index"), &bytes).unwrap();
+            assert_eq!(known(index(dir.path())), after_restart, "{after}");
+        }
+    }
+
+    #[test]
     fn damaged_index_is_empty() {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("a");
         fs::write(&file, "one").unwrap();
         let meta = fs::metadata(&file).unwrap();
         let first = index(dir.path());
-        first.remember(&file, &meta, Digest::of(b"one"));
+        first.remember(&file, &meta, Digest::of(b"one"), false);
         first.flush();
         let mut bytes = fs::read(dir.path().join("index")).unwrap();
         bytes[70] ^= 1;

@@ -11,7 +11,7 @@ use contract::OutputForm;
 use serde::Serialize;
 
 use super::object::hash;
-use super::{Cache, CacheError, Last};
+use super::{Cache, CacheError, Last, durable};
 use crate::digest::{Digest, Fingerprint};
 use crate::record::Record;
 
@@ -72,7 +72,10 @@ pub(super) fn files_at(root: &Path, depth: usize) -> Result<Vec<PathBuf>, CacheE
     };
     let mut paths = Vec::new();
     for entry in entries {
-        paths.push(entry.map_err(|e| CacheError::io("list", root, e))?.path());
+        let entry = entry.map_err(|e| CacheError::io("list", root, e))?;
+        if !entry.file_name().to_str().is_some_and(durable::is_left_open) {
+            paths.push(entry.path());
+        }
     }
     paths.sort();
     if depth == 1 {
@@ -246,7 +249,7 @@ impl Cache {
         let path = self.root.join("pins").join(fingerprint.to_hex());
         let io = |e| CacheError::io("write", &path, e);
         if pinned {
-            super::durable::create_parent(&path).map_err(io)?;
+            durable::create_synced_parent(&path).map_err(io)?;
             return match File::options().write(true).create_new(true).open(&path) {
                 Ok(_) => Ok(true),
                 Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Ok(false),
@@ -263,13 +266,12 @@ impl Cache {
 
 /// The record in a file, which must be the one that its name says.
 fn sound_record(path: &Path) -> Result<Record, String> {
-    let text = fs::read(path).map_err(|e| format!("cannot be read: {e}"))?;
-    let record: Record = serde_json::from_slice(&text).map_err(|e| format!("is no record: {e}"))?;
+    let text = durable::read(path).map_err(|e| format!("cannot be read: {e}"))?;
+    let record = Record::from_text(&text)?;
     let (kind, name) = (path.parent().and_then(Path::file_name), path.file_stem());
     let hex = record.fingerprint.to_hex();
     if name.is_none_or(|n| n != hex.as_str())
         || kind.is_none_or(|k| k != record.identity.kind.as_str())
-        || record.identity.fingerprint() != record.fingerprint
     {
         return Err("is not the record that its name says".to_owned());
     }

@@ -152,7 +152,7 @@ fn one_lease_at_a_time_and_a_dead_holder_s_is_taken_over() {
     drop(lease);
     let mut dead = serde_json::from_value::<serde_json::Value>(json!({
         "host": rustix::system::uname().nodename().to_string_lossy(), "boot": "another boot",
-        "process": 1, "started": 0, "token": "x"
+        "processes": "", "process": 1, "started": 0, "token": "x"
     }))
     .unwrap();
     fs::write(&path, dead.to_string()).unwrap();
@@ -171,4 +171,59 @@ fn threads_storing_the_same_bytes_all_succeed() {
         }
     });
     assert_eq!(cache.verify(Digest::of(b"the same"), Some(8)), Ok(()));
+}
+
+#[test]
+fn heart_on_another_host_is_watched_by_the_own_clock() {
+    use std::time::{Duration, Instant};
+    let watched = lease::Watched::default();
+    let (start, clock) = (Instant::now(), SystemTime::now());
+    let at = |seconds| start + Duration::from_secs(seconds);
+    // Whatever the other host's clock says, an hour ahead or behind.
+    for skew in [clock + Duration::from_secs(3600), clock - Duration::from_secs(3600)] {
+        let token = format!("{skew:?}");
+        assert!(watched.beats(&token, skew, at(0)));
+        assert!(watched.beats(&token, skew, at(50)));
+        assert!(watched.beats(&token, skew + Duration::from_secs(10), at(55)), "it beat");
+        assert!(watched.beats(&token, skew + Duration::from_secs(10), at(110)));
+        assert!(!watched.beats(&token, skew + Duration::from_secs(10), at(116)), "it stopped");
+    }
+    let days = clock - Duration::from_secs(3 * 24 * 3600);
+    assert!(!watched.beats("long dead", days, at(0)), "nobody waits for that");
+}
+
+#[test]
+fn repeated_request_is_no_reason_to_write_onto_an_object() {
+    let (dir, cache) = cache();
+    let record = record(&cache, "content");
+    let output = &record.outputs["out"];
+    let object = cache.object_path(output.digest);
+    // The answer to the link was lost, and it was asked for again.
+    let to = dir.path().join("linked");
+    fs::hard_link(&object, &to).unwrap();
+    cache.materialise(output, &to).unwrap();
+    let other = dir.path().join("other");
+    fs::write(&other, "mine").unwrap();
+    assert!(cache.materialise(output, &other).is_err());
+    assert_eq!(fs::read_to_string(&other).unwrap(), "mine");
+    assert_eq!(fs::read_to_string(&object).unwrap(), "content");
+    // The same for a record or a lease that took its place.
+    let staged = durable::stage_bytes(&cache.tmp_dir(), b"x").unwrap();
+    fs::hard_link(&staged, dir.path().join("placed")).unwrap();
+    assert!(durable::link(&staged, &dir.path().join("placed")).is_ok());
+    let another = durable::stage_bytes(&cache.tmp_dir(), b"y").unwrap();
+    assert!(!durable::rename_exclusive(&another, &dir.path().join("placed")).unwrap());
+}
+
+#[test]
+fn what_a_network_file_system_leaves_of_open_files_is_nobody_s() {
+    let (dir, cache) = cache();
+    let tree = dir.path().join("tree");
+    fs::create_dir(&tree).unwrap();
+    fs::write(tree.join("a"), "a").unwrap();
+    let before = cache.digest_local(&tree).unwrap();
+    fs::write(tree.join(".nfs00000000000a1b2c00000001"), "open").unwrap();
+    assert_eq!(cache.digest_local(&tree).unwrap(), before);
+    fs::write(tree.join(".nfsrc"), "a user's").unwrap();
+    assert_ne!(cache.digest_local(&tree).unwrap(), before);
 }

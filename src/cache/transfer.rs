@@ -10,6 +10,9 @@ use std::path::{Path, PathBuf};
 use super::{Cache, CacheError, WorkDir, durable};
 use crate::digest::{Digest, Fingerprint};
 
+/// So many folders are flushed by themselves.
+const FEW_FOLDERS: usize = 8;
+
 /// Small objects on their way into the cache, made durable together: one flush of the file system
 /// instead of one a file.
 pub(crate) struct Batch<'a> {
@@ -53,7 +56,15 @@ impl Cache {
         let io = |e| CacheError::io("write", &path, e);
         durable::create_parent(&path).map_err(io)?;
         let open = |path: &Path| {
-            File::options().read(true).write(true).create(true).truncate(false).open(path)
+            let mut options = File::options();
+            options.read(true).write(true).create(true).truncate(false);
+            options.open(path).or_else(|error| {
+                // Another user's, or cut off just before it took its place.
+                if error.kind() == std::io::ErrorKind::PermissionDenied {
+                    fs::remove_file(path)?;
+                }
+                options.open(path)
+            })
         };
         let (file, mark_file) = (open(&path).map_err(io)?, open(&marks).map_err(io)?);
         let parts = usize::try_from(bytes.div_ceil(part_bytes)).unwrap_or(usize::MAX);
@@ -191,17 +202,22 @@ impl Batch<'_> {
             return Ok(());
         }
         let io = |e| CacheError::io("flush", self.dir.path(), e);
-        let flushed = File::open(self.dir.path()).map_err(io)?;
-        if rustix::fs::syncfs(&flushed).is_err() {
+        let dir = File::open(self.dir.path()).map_err(io)?;
+        let together = durable::flushes_all(&dir) && rustix::fs::syncfs(&dir).is_ok();
+        if !together {
             for (_, path) in &self.staged {
                 File::open(path).and_then(|f| f.sync_all()).map_err(io)?;
             }
         }
-        let mut folders = BTreeSet::new();
+        let objects = self.cache.root.join("objects-v1");
+        let mut folders = BTreeSet::from([self.cache.root.clone(), objects]);
         for (digest, path) in &self.staged {
-            if self.cache.settle(path, *digest)? {
-                folders.extend(self.cache.object_path(*digest).parent().map(Path::to_owned));
-            }
+            self.cache.settle(path, *digest)?;
+            folders.extend(self.cache.object_path(*digest).parent().map(Path::to_owned));
+        }
+        // The names: folder by folder only where there are few of them.
+        if together && folders.len() > FEW_FOLDERS && rustix::fs::syncfs(&dir).is_ok() {
+            return Ok(());
         }
         for folder in folders {
             durable::sync_dir(&folder).map_err(|e| CacheError::io("flush", &folder, e))?;

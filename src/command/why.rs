@@ -12,8 +12,9 @@ use crate::record::Record;
 pub(super) struct Args {
     /// Stage
     stage: String,
-    /// Compare with this earlier execution instead: the start of its fingerprint
-    #[arg(long, value_name = "FINGERPRINT", conflicts_with = "runs")]
+    /// Compare with an earlier execution instead: that of a run (`last`, or the start of its id), or
+    /// the one whose fingerprint starts so
+    #[arg(long, value_name = "ID", conflicts_with = "runs")]
     run: Option<String>,
     /// List the executions of the stage that the cache knows, newest first
     #[arg(long)]

@@ -80,7 +80,7 @@ pub(super) fn lasting(event: &Event) -> Option<String> {
             line
         }
         Event::StageWaiting { stage, holder } => {
-            format!("{stage}: waiting for {holder}, which works on the same")
+            format!("{stage}: waiting for {holder}")
         }
         Event::StageStarted { stage, reasons, .. } => {
             format!("{stage}: running ({})", reasons.join("; "))

@@ -36,6 +36,10 @@ impl StageKind for Fake {
         })
     }
 
+    fn params_schema(&self) -> Value {
+        serde_json::json!({})
+    }
+
     fn run(&self, _: &Request, _: &mut Reporter) -> Result<Outcome, StageError> {
         Err(StageError::input("a fake"))
     }

@@ -11,8 +11,9 @@ use object_store::{GetResult, ObjectStoreExt};
 use serde_json::Value;
 use tokio::runtime::Runtime;
 
+use super::disk::Disk;
 use super::store::{Patience, Store, open, told, unavailable};
-use super::{Answer, Offered, RemoteError, Settings, Watch, download, sign, upload};
+use super::{Answer, Offered, RemoteError, Settings, Watch, disk, download, sign, upload};
 use crate::cache::Cache;
 use crate::digest::{Digest, Fingerprint};
 use crate::record::{OutputRecord, Record};
@@ -119,8 +120,15 @@ impl Remote {
         record: &Record,
         watch: Watch<'_>,
     ) -> Result<u64, RemoteError> {
-        self.transfer(watch.interrupts, |store| async move {
-            download::record(self, &store, cache, record, watch).await
+        let (disk, arriving) = Disk::new();
+        std::thread::scope(|scope| {
+            let kept = scope.spawn(|| disk::keep(cache, arriving));
+            let fetched = self.transfer(watch.interrupts, |store| async move {
+                download::record(self, &store, cache, record, disk, watch).await
+            });
+            // Why the disk gave up says more than that it did; what has come stays in any case.
+            kept.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+            fetched
         })
     }
 

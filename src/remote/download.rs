@@ -9,9 +9,10 @@ use futures_util::{StreamExt, TryStreamExt, stream};
 use object_store::{GetOptions, GetRange, ObjectStore, ObjectStoreExt};
 
 use super::client::Remote;
+use super::disk::Disk;
 use super::store::{REQUESTS, Store};
 use super::{RemoteError, Watch};
-use crate::cache::{Acquired, Batch, Cache, CacheError, Partial, TreeEntry};
+use crate::cache::{Acquired, Cache, CacheError, Partial, TreeEntry};
 use crate::digest::Digest;
 use crate::record::Record;
 
@@ -24,8 +25,6 @@ const HEAVY_REQUESTS: usize = 8;
 /// Parts of one object, and big objects, on their way at the same time.
 const PARTS: usize = 4;
 const BIG_OBJECTS: usize = 3;
-/// Small objects that are made durable together.
-const BATCH: usize = 4096;
 /// A listing beyond this is none.
 const MAX_LISTING: u64 = 256 << 20;
 /// How often a transfer by another process is looked at.
@@ -36,17 +35,19 @@ struct Transfer<'a> {
     remote: &'a Remote,
     store: &'a Store,
     cache: &'a Cache,
+    disk: Disk,
     watch: Watch<'a>,
     done: AtomicU64,
     total: u64,
 }
 
-/// Brings every object of a record into the cache; the bytes that had to come.
+/// Brings every object of a record to the disk's thread; the bytes that had to come.
 pub(super) async fn record(
     remote: &Remote,
     store: &Store,
     cache: &Cache,
     record: &Record,
+    disk: Disk,
     watch: Watch<'_>,
 ) -> Result<u64, RemoteError> {
     let (mut small, mut middle, mut big) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
@@ -76,7 +77,7 @@ pub(super) async fn record(
         }
     }
     let total = [&small, &middle, &big].into_iter().flat_map(BTreeMap::values).sum();
-    let transfer = Transfer { remote, store, cache, watch, done: AtomicU64::new(0), total };
+    let transfer = Transfer { remote, store, cache, disk, watch, done: AtomicU64::new(0), total };
     transfer.whole_ones(small, REQUESTS).await?;
     transfer.whole_ones(middle, HEAVY_REQUESTS).await?;
     let bigs = stream::iter(big).map(|(digest, bytes)| transfer.big(digest, bytes));
@@ -157,36 +158,13 @@ impl Transfer<'_> {
         wanted: BTreeMap<Digest, u64>,
         requests: usize,
     ) -> Result<(), RemoteError> {
-        if wanted.is_empty() {
-            return Ok(());
-        }
-        let mut batch = self.cache.batch()?;
-        let mut arriving = stream::iter(wanted)
-            .map(|(digest, bytes)| async move {
-                let found = checked(self.remote, self.store, digest, Some(bytes)).await?;
-                Ok::<_, RemoteError>((digest, found))
-            })
-            .buffer_unordered(requests);
-        let mut result = Ok(());
-        while let Some(arrived) = arriving.next().await {
-            match arrived {
-                Ok((digest, bytes)) => {
-                    batch.add(digest, &bytes)?;
-                    self.advance(bytes.len() as u64);
-                }
-                // What has come stays, for the next attempt.
-                Err(error) => {
-                    result = Err(error);
-                    break;
-                }
-            }
-            if batch.len() >= BATCH {
-                let full = std::mem::replace(&mut batch, self.cache.batch()?);
-                Batch::commit(full)?;
-            }
-        }
-        batch.commit()?;
-        result
+        let arriving = stream::iter(wanted).map(|(digest, bytes)| async move {
+            let found = checked(self.remote, self.store, digest, Some(bytes)).await?;
+            self.disk.whole(digest, found).await?;
+            self.advance(bytes);
+            Ok::<_, RemoteError>(())
+        });
+        arriving.buffer_unordered(requests).try_for_each(|()| async { Ok(()) }).await
     }
 
     /// A big object: by parts, going on where an earlier transfer ended.
@@ -205,12 +183,12 @@ impl Transfer<'_> {
         let mut partial = self.cache.partial(digest, bytes, PART)?;
         let resumed = (partial.missing().len() as u64) < bytes.div_ceil(PART);
         self.parts(digest, bytes, &mut partial).await?;
-        match self.cache.adopt(partial, digest) {
+        match self.disk.big(partial, digest).await {
             // What an earlier transfer left may be what is wrong.
             Err(CacheError::Damaged(_)) if resumed => {
                 let mut afresh = self.cache.partial(digest, bytes, PART)?;
                 self.parts(digest, bytes, &mut afresh).await?;
-                self.cache.adopt(afresh, digest).map_err(|e| self.wrong(digest, e))
+                self.disk.big(afresh, digest).await.map_err(|e| self.wrong(digest, e))
             }
             adopted => adopted.map_err(|e| self.wrong(digest, e)),
         }

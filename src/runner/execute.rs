@@ -13,7 +13,7 @@ use contract::{Fault, Outcome, OutputForm, PROTOCOL, Request, StageError, Upstre
 
 use super::{Message, shared, slots};
 use crate::cache::{
-    Acquired, CacheError, Lease, Scratch, WorkDir, differing_artifacts, unix_seconds,
+    Acquired, CacheError, Lease, Scratch, WorkDir, differing_artifacts, is_left_open, unix_seconds,
 };
 use crate::fingerprint::Identity;
 use crate::gather;
@@ -74,7 +74,7 @@ pub(super) fn execute(
 ) -> Result<Made, StageError> {
     let fingerprint = job.identity.fingerprint();
     let _lease = lease(planner, job, sender, interrupts)?;
-    let found = planner.cache.record(&job.stage.kind, fingerprint)?;
+    let found = planner.cache.record_now(&job.stage.kind, fingerprint)?;
     let settled = job.stage.signature.lock_key.is_none() || job.identity.lock.is_some();
     if let Some(found) = &found {
         if !job.forced
@@ -134,17 +134,31 @@ fn take_slots(
     sender: &Sender<Message>,
     interrupts: &AtomicUsize,
 ) -> Result<Vec<slots::Slot>, StageError> {
-    let mut held = Vec::new();
     let mut told = String::new();
     // Only GPUs are scarce beyond one run.
-    let wanted = job.stage.signature.resources.get("gpu").copied().unwrap_or(0);
-    while held.len() < wanted as usize {
-        match slots::take("gpu").map_err(StageError::internal)? {
-            Some(slot) => held.push(slot),
-            None => wait(job, sender, interrupts, &mut told, "a run that uses the GPU".to_owned())?,
-        }
+    let wanted = job.stage.signature.resources.get("gpu").copied().unwrap_or(0) as usize;
+    let there = slots::count("gpu");
+    if wanted > there {
+        let message = format!("stage `{}` asks for {wanted} GPUs at once", job.stage.name);
+        return Err(
+            StageError::new(Fault::Environment, message).help(format!("this host has {there}"))
+        );
     }
-    Ok(held)
+    loop {
+        let mut held = Vec::new();
+        let holder = loop {
+            if held.len() == wanted {
+                return Ok(held);
+            }
+            match slots::take("gpu").map_err(StageError::internal)? {
+                slots::Taken::Mine(slot) => held.push(slot),
+                slots::Taken::By(holder) => break holder,
+            }
+        };
+        // Two runs that hold a part each would wait for ever.
+        drop(held);
+        wait(job, sender, interrupts, &mut told, format!("the GPU, in use by {holder}"))?;
+    }
 }
 
 fn wait(
@@ -361,7 +375,9 @@ fn store(
 /// Files beside an output would be lost silently.
 fn undeclared(output: &Path, dir: &Path) -> Result<(), StageError> {
     let entries = fs::read_dir(dir).map_err(|e| StageError::io("list", dir, &e))?;
-    match entries.flatten().find(|e| e.path() != output) {
+    let beside =
+        |e: &fs::DirEntry| e.path() != output && !e.file_name().to_str().is_some_and(is_left_open);
+    match entries.flatten().find(beside) {
         Some(extra) => Err(StageError::internal(format!(
             "the stage wrote {}, which is not one of its outputs",
             extra.path().display()

@@ -50,7 +50,7 @@ fn edited_record_is_damage_too() {
     let found = space.pipe(&["--json", "cache", "verify"]).code(5).out;
     let found: serde_json::Value = serde_json::from_str(&found).unwrap();
     assert_eq!(found["damage"].as_array().unwrap().len(), 1, "{found}");
-    assert_eq!(found["damage"][0]["what"], "is not the record that its name says");
+    assert_eq!(found["damage"][0]["what"], "holds other bytes than its checksum says");
 }
 
 #[test]
@@ -119,4 +119,31 @@ fn what_is_left_behind_goes_and_a_run_collects_when_the_cache_is_over_the_cap() 
     assert!(!run.contains("looked through"), "{run}");
     let wrong = space.command(&["run"]).env("PIPE_CACHE_CAP", "big").output().unwrap();
     assert_eq!(wrong.status.code(), Some(2));
+}
+
+#[test]
+fn checkpoints_of_unfinished_work_go_by_age_and_size_before_records_do() {
+    let space = Space::new(DIAMOND);
+    space.pipe(&["run"]).code(0);
+    let scratch = space.cache().join("scratch").join("ab".repeat(32)).join("attempt");
+    let leave = || {
+        fs::create_dir_all(&scratch).unwrap();
+        fs::write(scratch.join("checkpoint"), vec![0; 100_000]).unwrap();
+    };
+    leave();
+    let young = space.pipe(&["cache", "gc", "--max-size", "50KiB"]).code(0).out;
+    assert!(young.contains("removed 0 records, 0 objects"), "{young}");
+    assert!(scratch.exists());
+    age(&space, 3);
+    let dry = space.pipe(&["cache", "gc", "--max-size", "50KiB", "--dry-run"]).code(0).out;
+    assert!(scratch.exists() && dry.contains("would remove 0 records"), "{dry}");
+    space.pipe(&["cache", "gc", "--max-size", "200KiB"]).code(0);
+    assert!(scratch.exists());
+    space.pipe(&["cache", "gc", "--max-size", "50KiB"]).code(0);
+    assert!(!scratch.exists());
+    leave();
+    age(&space, 3);
+    space.pipe(&["cache", "gc", "--older-than", "2h"]).code(0);
+    assert!(!scratch.exists());
+    space.pipe(&["plan", "--check"]).code(0);
 }

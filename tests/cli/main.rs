@@ -1,11 +1,13 @@
 //! The real binary, driven through pipelines of shell commands in folders of their own.
 
-#![allow(clippy::unwrap_used, reason = "tests")]
+#![allow(clippy::print_stdout, clippy::unwrap_used, reason = "tests")]
 
 mod cache;
 mod caching;
 mod commands;
 mod comparisons;
+mod dags;
+mod damage;
 mod diagnostics;
 mod doctor;
 mod failures;

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use jsonschema::Validator;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::space::Space;
 
@@ -66,5 +66,101 @@ fn mistakes_do_not_fit_the_schema() {
     ] {
         let file = repository(&format!("tests/pipelines/invalid/{name}.yaml"));
         assert!(!validator.is_valid(&document(&file)), "{name}");
+    }
+}
+
+/// The problems that an editor would show of one stage with these params.
+fn of_params(validator: &Validator, kind: &str, params: Value) -> Vec<String> {
+    let document = json!({"stages": {"one": {"kind": kind, "params": params}}});
+    validator.iter_errors(&document).map(|e| e.to_string()).collect()
+}
+
+#[test]
+fn variables_may_stand_for_any_param() {
+    let validator = validator();
+    for params in [
+        json!({"run": "true", "nondeterministic": "${flag}", "resources": {"gpu": "${gpus}"}}),
+        json!("${all}"),
+        json!({"run": "true", "outputs": "${outputs}"}),
+    ] {
+        let errors = of_params(&validator, "command", params);
+        assert!(errors.is_empty(), "{errors:?}");
+    }
+    for params in [
+        json!({"run": "true", "nondeterministic": "yes"}),
+        json!({"run": "true", "outputs": {"out": {"file": "a", "dir": "b"}}}),
+        json!({"run": "true", "outputs": {"out": {"path": "a"}}}),
+        json!({"run": "true", "resources": {"gpu": 1.5}}),
+        json!({}),
+        json!(null),
+    ] {
+        assert!(!of_params(&validator, "command", params.clone()).is_empty(), "{params}");
+    }
+    assert!(of_params(&validator, "select", json!({"metric": "a", "goal": "max"})).is_empty());
+    assert!(!of_params(&validator, "select", json!({"metric": "a", "goal": "most"})).is_empty());
+}
+
+#[cfg(feature = "stages")]
+#[test]
+fn wrong_params_of_every_kind_are_seen_and_right_ones_are_not() {
+    let validator = validator();
+    let wrong = [
+        ("download", json!({"source": {"path": "a", "url": "https://b/c"}})),
+        ("download", json!({"source": {"hf": "a/b", "repo_type": "space"}})),
+        ("download", json!({"source": {"path": "a"}, "sha256": "abc"})),
+        ("subsample", json!({"format": "csv", "train": [0, 1], "test": [1, 2]})),
+        ("subsample", json!({"format": "glaive", "train": [0], "test": [1, 2]})),
+        ("subsample", json!({"format": "glaive", "train": [0, 1]})),
+        ("template", json!({"turns": "last"})),
+        ("template", json!({"manual_prompts": [{"system": "no question"}]})),
+        ("tokenize-pack", json!({"max_length": 1})),
+        ("tokenize-pack", json!({"pack": "best"})),
+        ("train", json!({"learning_rat": 1e-4})),
+        ("train", json!({"learning_rate": "fast"})),
+        ("train", json!({"lora": {"rank": 8}})),
+        ("train", json!({"lora": {"targets": ["qproj"]}})),
+        ("train", json!({"optimizer": "sgd"})),
+        ("train", json!({"betas": [0.9]})),
+        ("train", json!({"device": "tpu"})),
+        ("train", json!({"batch_size": 0})),
+        ("evaluate", json!({"dtype": "f16"})),
+        ("export", json!({"format": "gguf-q5"})),
+        ("report", json!({"examples": -1})),
+    ];
+    for (kind, params) in wrong {
+        assert!(!of_params(&validator, kind, params.clone()).is_empty(), "{kind}: {params}");
+    }
+    let right = [
+        ("download", json!({"source": {"pypi": "a", "version": "1", "files": {"a/b": null}}})),
+        ("subsample", json!({"format": "${f}", "train": ["${a}", 1], "test": "${t}", "dev": null})),
+        ("template", json!(null)),
+        ("tokenize-pack", json!({"max_length": "${n}", "loss_on": "response"})),
+        ("train", json!({"epochs": 1.5, "max_steps": null, "spike": null, "device": "cuda:1"})),
+        ("train", json!({"lora": "${lora}", "betas": ["${b}", 0.99]})),
+        ("evaluate", json!({"batch_size": null, "limit": 3})),
+        ("export", json!({"format": "gguf-q8_0"})),
+        ("report", json!({})),
+    ];
+    for (kind, params) in right {
+        // Inputs are not wired here, which the schema leaves to `plan`.
+        let errors = of_params(&validator, kind, params.clone());
+        assert!(errors.is_empty(), "{kind}: {params}: {errors:?}");
+    }
+}
+
+#[cfg(feature = "stages")]
+#[test]
+fn every_param_is_explained() {
+    let space = Space::new("");
+    let schema: Value = serde_json::from_str(&space.pipe(&["schema"]).code(0).out).unwrap();
+    let cases = schema["$defs"]["stage"]["allOf"].as_array().unwrap();
+    assert_eq!(cases.len(), 10);
+    for case in cases {
+        let kind = &case["if"]["properties"]["kind"]["const"];
+        let params = &case["then"]["properties"]["params"]["anyOf"][0];
+        let properties = params["properties"].as_object().unwrap();
+        for (name, param) in properties {
+            assert!(param["description"].is_string(), "{kind}.{name}: {param:#}");
+        }
     }
 }

@@ -75,6 +75,23 @@ fn why_compares_with_any_earlier_execution() {
 }
 
 #[test]
+fn why_compares_with_a_run_by_its_id() {
+    let space = Space::new(FOLDERS);
+    space.write("data/a", "1");
+    space.pipe(&["run"]).code(0);
+    space.write("data/b", "1");
+    space.pipe(&["run", "list"]).code(0);
+    let runs = json(&space.pipe(&["runs", "ls", "--json"]).code(0).out);
+    let first = runs[1]["id"].as_str().unwrap();
+    let why = space.pipe(&["why", "list", "--run", first]).code(0).out;
+    assert!(why.contains("(from data): added b"), "{why}");
+    let why = space.pipe(&["why", "list", "--run", "last"]).code(0).out;
+    assert!(why.contains("nothing differs"), "{why}");
+    let absent = space.pipe(&["why", "use", "--run", "last"]).code(2);
+    assert!(absent.err.contains("it was not part of it"), "{}", absent.err);
+}
+
+#[test]
 fn comparing_with_an_earlier_execution_says_what_is_not_known_yet() {
     let space = Space::new(FOLDERS);
     space.write("data/a", "1");

@@ -2,6 +2,7 @@
 
 use serde_json::json;
 
+use super::super::side::find_run;
 use super::super::{CommandError, Context, Project};
 use super::described;
 use crate::cache::unix_seconds;
@@ -10,6 +11,7 @@ use crate::exit_code;
 use crate::pipeline::Stage;
 use crate::plan::{Comparison, PlanOptions};
 use crate::record::Record;
+use crate::runs::RunRecord;
 
 pub(super) fn run(
     context: &Context<'_>,
@@ -23,7 +25,10 @@ pub(super) fn run(
         display::out(&if context.shared.json { listed_json(&records) } else { listed(&records) });
         return Ok(exit_code::OK);
     };
-    let earlier = found(records, stage, wanted)?;
+    let earlier = match find_run(project, wanted)? {
+        Some(run) => of_run(project, stage, &run)?,
+        None => found(records, stage, wanted)?,
+    };
     let options = PlanOptions::default();
     let comparison = project.planner(&options).compare(stage, &earlier, &project.lock)?;
     if context.shared.json {
@@ -32,6 +37,26 @@ pub(super) fn run(
         display::out(&text(&stage.name, &comparison, &earlier));
     }
     Ok(exit_code::OK)
+}
+
+/// What the stage ran as, or was reused as, in a run.
+fn of_run(project: &Project, stage: &Stage, run: &RunRecord) -> Result<Record, CommandError> {
+    let ran = run.stages.iter().find(|s| s.stage == stage.name);
+    let record = match ran.and_then(|s| Some((&s.kind, s.fingerprint?))) {
+        Some((kind, fingerprint)) => project.cache.record(kind, fingerprint)?,
+        None => None,
+    };
+    record.ok_or_else(|| {
+        let what = match ran {
+            Some(ran) if ran.fingerprint.is_some() => "gc has removed what it made",
+            Some(ran) => ran.status.word(),
+            None => "it was not part of it",
+        };
+        CommandError::usage(
+            format!("run {} has no execution of `{}`: {what}", run.id, stage.name),
+            format!("`pipe why {} --runs` lists them", stage.name),
+        )
+    })
 }
 
 /// The one execution whose fingerprint starts with `wanted`, of whichever stage of the kind.

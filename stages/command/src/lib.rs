@@ -13,6 +13,7 @@ use contract::{
     Fault, Outcome, OutputSpec, ParamError, Reporter, Request, Signature, StageError, StageKind,
     parse_params,
 };
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -22,10 +23,10 @@ const VERSION: &str = "1";
 /// The stage kind `command`.
 pub struct Command;
 
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 struct Params {
-    /// Text handed to the shell.
+    /// Text handed to the shell; it sees `$PIPE_INPUT_NAME` and `$PIPE_OUTPUT_NAME`.
     run: String,
     /// Program that runs it with `-c`.
     #[serde(default = "shell")]
@@ -42,10 +43,12 @@ struct Params {
 }
 
 /// `{file: NAME}` or `{dir: NAME}`.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 enum Output {
+    /// Name of a file.
     File(String),
+    /// Name of a folder.
     Dir(String),
 }
 
@@ -108,34 +111,8 @@ impl StageKind for Command {
         })
     }
 
-    fn params_schema(&self) -> Option<Value> {
-        let plain_name = json!({"type": "string", "description": "name of the file or folder"});
-        Some(json!({
-            "type": "object",
-            "required": ["run"],
-            "additionalProperties": false,
-            "properties": {
-                "run": {"type": "string", "description": "text handed to the shell; it sees $PIPE_INPUT_NAME and $PIPE_OUTPUT_NAME"},
-                "shell": {"type": "string", "default": shell(), "description": "program that runs it with `-c`"},
-                "outputs": {
-                    "type": "object",
-                    "description": "outputs by name",
-                    "additionalProperties": {
-                        "type": ["object", "string"],
-                        "properties": {"file": plain_name, "dir": plain_name},
-                        "additionalProperties": false,
-                        "minProperties": 1,
-                        "maxProperties": 1,
-                    },
-                },
-                "nondeterministic": {"type": ["boolean", "string"], "default": false, "description": "the command may make other bytes each time"},
-                "resources": {
-                    "type": "object",
-                    "description": "slots of the host that it takes, such as gpu: 1",
-                    "additionalProperties": {"type": ["integer", "string"]},
-                },
-            },
-        }))
+    fn params_schema(&self) -> Value {
+        contract::schema_of::<Params>()
     }
 
     fn run(&self, request: &Request, reporter: &mut Reporter) -> Result<Outcome, StageError> {

@@ -80,6 +80,10 @@ impl StageKind for Download {
         })
     }
 
+    fn params_schema(&self) -> Value {
+        contract::schema_of::<raw_params::RawParams>()
+    }
+
     fn run(&self, request: &Request, reporter: &mut Reporter) -> Result<Outcome, StageError> {
         run(request, reporter, &Settings::from_env())
     }

@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use contract::{ParamError, parse_params};
 use reqwest::Url;
+use schemars::JsonSchema;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
@@ -56,11 +57,13 @@ pub(crate) struct HfSource {
 }
 
 /// What a hub keeps in a repository.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum RepoType {
+    /// A model.
     #[default]
     Model,
+    /// A dataset.
     Dataset,
 }
 

@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use contract::ParamError;
 use reqwest::Url;
+use schemars::{JsonSchema, Schema, json_schema};
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -15,29 +16,50 @@ use crate::name::{base_name, is_tree_name};
 use crate::params::{HfSource, PypiSource, RepoType, Source};
 
 /// All params, unchecked.
-#[derive(Deserialize)]
+#[derive(Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct RawParams {
+    /// Where the files come from: one of `hf`, `pypi`, `url` and `path`, with the keys that go with it.
     pub(crate) source: RawSource,
+    /// sha256 of the only file, or of files by name; without it `pipeline.lock` pins them.
     #[serde(default)]
+    #[schemars(schema_with = "pins")]
     pub(crate) sha256: Value,
 }
 
 /// The keys of every source.
-#[derive(Default, Deserialize)]
+#[derive(Default, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
+#[schemars(extend("oneOf" = [{"required": ["hf"]}, {"required": ["pypi"]}, {"required": ["url"]}, {"required": ["path"]}]))]
 pub(crate) struct RawSource {
+    /// A Hugging Face repository: `OWNER/NAME`.
     hf: Option<String>,
+    /// `hf`: what the repository holds [default: model].
     repo_type: Option<RepoType>,
+    /// `hf`: branch, tag or commit [default: main].
     revision: Option<String>,
+    /// `hf`: patterns of which one must match; without any, every file is taken.
     include: Option<Vec<String>>,
+    /// `hf`: patterns of which none may match.
     exclude: Option<Vec<String>>,
+    /// A package on PyPI.
     pypi: Option<String>,
+    /// `pypi`: its exact version.
     version: Option<String>,
+    /// `pypi`: a path inside the wheel; `url`: the name to give the file.
     file: Option<String>,
+    /// `pypi`: paths inside the wheel, each with the name to give it, or null for its own.
     files: Option<BTreeMap<String, Option<String>>>,
+    /// An http or https address of one file.
     url: Option<String>,
+    /// A file or folder, relative to the pipeline file.
     path: Option<String>,
+}
+
+/// The schema of `sha256`.
+fn pins(_: &mut schemars::SchemaGenerator) -> Schema {
+    let hex = json_schema!({"type": "string", "pattern": "^[0-9a-fA-F]{64}$"});
+    json_schema!({"anyOf": [hex, {"type": "object", "additionalProperties": hex}, {"type": "null"}]})
 }
 
 impl RawSource {

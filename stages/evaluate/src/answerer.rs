@@ -73,7 +73,7 @@ pub(crate) fn loader(
         return Err(StageError::input("this `pipe` was built without CUDA")
             .help("build it with `--features cuda`, or set `device: cpu`"));
     }
-    if params.dtype == DtypeChoice::Bf16 {
+    if let DtypeChoice::Bf16 | DtypeChoice::F16 = params.dtype {
         return Err(StageError::input("the CPU generates in f32")
             .help("set `dtype: auto`, or `device: cuda` where there is a GPU"));
     }

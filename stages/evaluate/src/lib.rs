@@ -65,6 +65,10 @@ impl StageKind for Evaluate {
         })
     }
 
+    fn params_schema(&self) -> Value {
+        contract::schema_of::<Params>()
+    }
+
     fn run(&self, request: &Request, reporter: &mut Reporter) -> Result<Outcome, StageError> {
         let params = Params::parse(&request.params).map_err(StageError::internal)?;
         let pool = rayon::ThreadPoolBuilder::new().num_threads(request.threads).build();

@@ -2,20 +2,24 @@
 
 use contract::{ParamError, parse_params};
 use model::{DeviceChoice, DtypeChoice};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub(crate) struct Params {
     /// Most tokens generated for a prompt.
+    #[schemars(range(min = 1))]
     pub(crate) max_new_tokens: usize,
     /// Rows decoded together, else what suits the device: speed and memory only, and so no part of
     /// the identity.
+    #[schemars(range(min = 1))]
     pub(crate) batch_size: Option<usize>,
     pub(crate) device: DeviceChoice,
     pub(crate) dtype: DtypeChoice,
     /// Answers only the first so many prompts.
+    #[schemars(range(min = 1))]
     pub(crate) limit: Option<usize>,
 }
 

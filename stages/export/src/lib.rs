@@ -17,6 +17,7 @@ use contract::{
     StageKind, parse_params,
 };
 use model::Adapter;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -29,12 +30,13 @@ const VERSION: &str = "1";
 /// The stage kind `export`.
 pub struct Export;
 
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 struct Params {
     format: Format,
     merge_onto: Base,
     /// Most bytes of tensors in one file of safetensors.
+    #[schemars(range(min = 1))]
     max_shard_bytes: u64,
 }
 
@@ -50,20 +52,24 @@ impl Default for Params {
 }
 
 /// What is written.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 enum Format {
+    /// bf16, as transformers reads it.
     #[serde(rename = "safetensors")]
     Safetensors,
+    /// GGUF with matrices in f16.
     #[serde(rename = "gguf-f16")]
     GgufF16,
+    /// GGUF with matrices in 8 bits.
     #[serde(rename = "gguf-q8_0")]
     GgufQ8,
+    /// GGUF with matrices in 4 bits.
     #[serde(rename = "gguf-q4_0")]
     GgufQ4,
 }
 
 /// The weights that the adapter is added to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 enum Base {
     /// Those that it was trained on, decoded where they are quantised.
@@ -111,35 +117,8 @@ impl StageKind for Export {
         })
     }
 
-    fn params_schema(&self) -> Option<Value> {
-        let onto = "the weights the adapter was trained on (decoded), or the input `original`";
-        Some(json!({
-            "type": "object",
-            "additionalProperties": false,
-            "properties": {
-                "format": {
-                    "description": "what is written",
-                    "anyOf": [
-                        {"enum": ["safetensors", "gguf-f16", "gguf-q8_0", "gguf-q4_0"]},
-                        {"type": "string", "pattern": r"\$\{"},
-                    ],
-                },
-                "merge_onto": {
-                    "description": onto,
-                    "anyOf": [
-                        {"enum": ["decoded", "original"]},
-                        {"type": "string", "pattern": r"\$\{"},
-                    ],
-                },
-                "max_shard_bytes": {
-                    "description": "most bytes of tensors in one file of safetensors",
-                    "anyOf": [
-                        {"type": "integer", "minimum": 1},
-                        {"type": "string", "pattern": r"\$\{"},
-                    ],
-                },
-            },
-        }))
+    fn params_schema(&self) -> Value {
+        contract::schema_of::<Params>()
     }
 
     fn run(&self, request: &Request, reporter: &mut Reporter) -> Result<Outcome, StageError> {

@@ -122,8 +122,8 @@ impl<'a> Merged<'a> {
             _ => self.weights.load(name, shape)?,
         };
         if self.norm_shift != 0.0 && name.ends_with("norm.weight") {
-            for w in &mut values {
-                *w += self.norm_shift;
+            for weight in &mut values {
+                *weight += self.norm_shift;
             }
         }
         if let Some(adapter) = &self.adapter

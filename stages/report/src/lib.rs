@@ -5,6 +5,7 @@
 
 mod chart;
 mod document;
+mod ranking;
 mod sections;
 mod words;
 
@@ -15,19 +16,23 @@ use contract::{
     StageKind, parse_params,
 };
 use data::{ManualAnswer, Metrics, Prediction, read_jsonl};
+use schemars::JsonSchema;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::ranking::Choice;
+
 /// Changes when the same inputs would be reported differently.
-const VERSION: &str = "1";
+const VERSION: &str = "2";
 
 /// The stage kind `report`.
 pub struct Report;
 
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 struct Params {
+    /// Heading of the page.
     title: String,
     /// A paragraph of the author's own.
     notes: String,
@@ -51,6 +56,7 @@ struct Content {
     tuned_manual: Vec<ManualAnswer>,
     baseline_manual: Vec<ManualAnswer>,
     train_log: Vec<Value>,
+    choice: Option<Choice>,
     split_stats: Option<Value>,
     token_stats: Option<Value>,
 }
@@ -81,7 +87,11 @@ impl StageKind for Report {
                 InputSpec::optional("baseline_metrics", "metrics of the model before training"),
                 InputSpec::optional("baseline_predictions", "its predictions"),
                 InputSpec::optional("baseline_manual", "its answers to the manual prompts"),
-                InputSpec::optional("train_log", "log of the training"),
+                InputSpec::optional(
+                    "train_log",
+                    "log of the training; with `ranking`, gathered ones",
+                ),
+                InputSpec::optional("ranking", "choice among the points of a sweep"),
                 InputSpec::optional("split_stats", "statistics of the splits"),
                 InputSpec::optional("token_stats", "statistics of the tokens"),
             ],
@@ -92,6 +102,10 @@ impl StageKind for Report {
             reads_records: true,
             ..Signature::default()
         })
+    }
+
+    fn params_schema(&self) -> Value {
+        contract::schema_of::<Params>()
     }
 
     fn run(&self, request: &Request, _reporter: &mut Reporter) -> Result<Outcome, StageError> {
@@ -113,6 +127,8 @@ impl Content {
     fn read(request: &Request) -> Result<Self, StageError> {
         let json =
             |name: &str| request.optional_input(name).map(|p| read_json::<Value>(p)).transpose();
+        let choice: Option<Choice> =
+            request.optional_input("ranking").map(|p| read_json(p)).transpose()?;
         Ok(Self {
             params: request.params()?,
             tuned: read_json(request.input("tuned_metrics")?)?,
@@ -124,7 +140,8 @@ impl Content {
             baseline_predictions: lines(request, "baseline_predictions")?,
             tuned_manual: lines(request, "tuned_manual")?,
             baseline_manual: lines(request, "baseline_manual")?,
-            train_log: lines(request, "train_log")?,
+            train_log: train_log(request, choice.as_ref())?,
+            choice,
             split_stats: json("split_stats")?,
             token_stats: json("token_stats")?,
         })
@@ -136,6 +153,22 @@ fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T, StageError> {
     serde_json::from_slice(&text).map_err(|e| {
         StageError::input(format!("{}:{}:{}: {e}", path.display(), e.line(), e.column()))
     })
+}
+
+/// The log of the training; of gathered ones, the log of the chosen point.
+fn train_log(request: &Request, choice: Option<&Choice>) -> Result<Vec<Value>, StageError> {
+    match (request.optional_input("train_log"), choice) {
+        (Some(folder), Some(choice)) if folder.is_dir() => Ok(choice
+            .chosen_in(folder)?
+            .map(|log| read_jsonl(&log))
+            .transpose()?
+            .unwrap_or_default()),
+        (Some(folder), None) if folder.is_dir() => {
+            Err(StageError::input("`train_log` is a folder, and nothing says which log in it")
+                .help("wire `ranking` to the choice of a stage of kind `select`"))
+        }
+        _ => lines(request, "train_log"),
+    }
 }
 
 fn lines<T: DeserializeOwned>(request: &Request, name: &str) -> Result<Vec<T>, StageError> {

@@ -5,8 +5,9 @@ use data::{Metrics, Prediction, Rate};
 use serde_json::Value;
 
 use crate::Content;
-use crate::chart::loss_curve;
+use crate::chart::{Bar, bars, loss_curve};
 use crate::document::Block;
+use crate::ranking;
 use crate::words::{date, duration, leaves, p_value, percent, points, rate, size};
 
 /// Longest text of an example, in characters.
@@ -19,6 +20,7 @@ pub(crate) fn all(content: &Content, upstream: &[UpstreamRecord]) -> Vec<Block> 
     }
     accuracies(content, &mut blocks);
     classes(content, &mut blocks);
+    ranking::section(content, &mut blocks);
     loss(content, &mut blocks);
     model_and_data(content, upstream, &mut blocks);
     examples(content, &mut blocks);
@@ -101,6 +103,7 @@ fn accuracies(content: &Content, blocks: &mut Vec<Block>) {
     } else {
         &["", "tuned"]
     };
+    blocks.push(drawn(content));
     blocks.push(Block::table(head, rows, true));
     blocks.push(Block::Text(format!(
         "In brackets 95% intervals: Wilson for a fraction, Wald for paired fractions; p is McNemar's exact \
@@ -113,6 +116,25 @@ fn accuracies(content: &Content, blocks: &mut Vec<Block>) {
             "No baseline was wired, so there is nothing to compare with.".to_owned(),
         ));
     }
+}
+
+/// The accuracies as bars.
+fn drawn(content: &Content) -> Block {
+    let bar = |rate: &Rate| Bar { value: rate.value, low: rate.low, high: rate.high };
+    let group = |name: &'static str, of: fn(&Metrics) -> &Rate| {
+        (name, content.baseline.as_ref().map(|b| bar(of(b))), bar(of(&content.tuned)))
+    };
+    let groups = [
+        group("strict", |m| &m.strict_accuracy),
+        group("lenient", |m| &m.lenient_accuracy),
+        group("decision", |m| &m.decision_accuracy),
+    ];
+    let caption = if content.baseline.is_some() {
+        "Grey before training, blue after it; the lines are 95% intervals."
+    } else {
+        "The lines are 95% intervals."
+    };
+    Block::Figure { svg: bars(&groups), caption: caption.to_owned() }
 }
 
 fn classes(content: &Content, blocks: &mut Vec<Block>) {
@@ -185,7 +207,8 @@ fn loss(content: &Content, blocks: &mut Vec<Block>) {
         row
     });
     let header = &["step", "loss", "evaluation loss"][..columns];
-    blocks.push(Block::table(header, rows.collect(), true));
+    let numbers = Block::table(header, rows.collect(), true);
+    blocks.push(Block::Folded("The numbers".to_owned(), Box::new(numbers)));
 }
 
 fn model_and_data(content: &Content, upstream: &[UpstreamRecord], blocks: &mut Vec<Block>) {
@@ -199,7 +222,9 @@ fn model_and_data(content: &Content, upstream: &[UpstreamRecord], blocks: &mut V
         let bytes = size(record.output_bytes.values().sum());
         rows.push(vec![record.stage.clone(), text.join(", "), bytes]);
     }
-    blocks.push(Block::table(&["source", "where from", "size"], rows, false));
+    if !rows.is_empty() {
+        blocks.push(Block::table(&["source", "where from", "size"], rows, false));
+    }
     let number = |v: &Value| v.as_f64().map_or_else(|| v.to_string(), |n| format!("{n}"));
     if let Some(stats) = &content.split_stats {
         let splits = stats["splits"].as_object().into_iter().flatten();
@@ -325,16 +350,28 @@ fn times(upstream: &[UpstreamRecord], blocks: &mut Vec<Block>) {
 
 fn params(upstream: &[UpstreamRecord], blocks: &mut Vec<Block>) {
     blocks.push(Block::Heading("Parameters".to_owned()));
-    let mut rows = Vec::new();
-    for record in upstream.iter().filter(|r| r.kind != "download") {
+    let flat = |record: &UpstreamRecord| {
         let mut flat = Vec::new();
         leaves("", &record.params, &mut flat);
+        flat
+    };
+    let mut rows = Vec::new();
+    for record in upstream.iter().filter(|r| r.kind != "download") {
+        let mut flat_of = flat(record);
+        // Of a point of a sweep, what differs from the plain stage.
+        let plain = record.stage.split_once('@').map(|(plain, _)| plain);
+        if let Some(plain) = upstream.iter().find(|r| Some(r.stage.as_str()) == plain) {
+            let usual = flat(plain);
+            flat_of.retain(|entry| !usual.contains(entry));
+        }
+        let flat = flat_of;
         for (i, (path, value)) in flat.into_iter().enumerate() {
             let stage = if i == 0 { record.stage.clone() } else { String::new() };
             rows.push(vec![stage, path, cut(&value)]);
         }
     }
-    blocks.push(Block::table(&["stage", "param", "value"], rows, false));
+    let table = Block::table(&["stage", "param", "value"], rows, false);
+    blocks.push(Block::Folded("Of every stage, defaults included".to_owned(), Box::new(table)));
 }
 
 fn reproduce(blocks: &mut Vec<Block>) {

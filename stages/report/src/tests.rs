@@ -96,8 +96,12 @@ fn request(dir: &Path, with_baseline: bool) -> Request {
 fn report(with_baseline: bool) -> (String, String) {
     let dir = tempfile::tempdir().unwrap();
     let request = request(dir.path(), with_baseline);
-    Report.run(&request, &mut Reporter::silent()).unwrap();
-    let read = |name| fs::read_to_string(dir.path().join(name)).unwrap();
+    written(dir.path(), &request)
+}
+
+fn written(dir: &Path, request: &Request) -> (String, String) {
+    Report.run(request, &mut Reporter::silent()).unwrap();
+    let read = |name| fs::read_to_string(dir.join(name)).unwrap();
     (read("r.html"), read("r.md"))
 }
 
@@ -136,4 +140,63 @@ fn absent_inputs_are_named() {
     {
         assert!(markdown.contains(text), "{text}");
     }
+}
+
+/// A sweep of three points; the log of each has its own loss.
+fn with_ranking(dir: &Path) -> Request {
+    let mut request = request(dir, true);
+    let ranked = |point: &str, steps: u64, score: f64| {
+        let beside = json!({"value": score, "low": score - 0.07, "high": score + 0.06, "hits": 1, "of": 200});
+        json!({"point": point, "params": {"max_steps": steps}, "score": score,
+            "scores": {point: score}, "beside": {point: beside}})
+    };
+    let ranking = [
+        ranked("max_steps=300", 300, 0.75),
+        ranked("default", 120, 0.7),
+        ranked("max_steps=10", 10, 0.4),
+    ];
+    let choice = json!({"metric": "strict_accuracy.value", "goal": "max", "best": ranking[0], "ranking": ranking});
+    fs::write(dir.join("choice.json"), choice.to_string()).unwrap();
+    let logs = dir.join("logs");
+    let mut index = Vec::new();
+    for (point, loss) in [("default", 2.5), ("max_steps=300", 1.5), ("max_steps=10", 3.5)] {
+        let path = format!("{point}/log.jsonl");
+        fs::create_dir_all(logs.join(point)).unwrap();
+        fs::write(logs.join(&path), format!("{}\n", json!({"step": 1, "loss": loss}))).unwrap();
+        index.push(json!({"point": point, "path": path, "params": {}}));
+    }
+    fs::write(logs.join("index.json"), json!(index).to_string()).unwrap();
+    request.inputs.insert("ranking".to_owned(), dir.join("choice.json"));
+    request.inputs.insert("train_log".to_owned(), logs);
+    request
+}
+
+#[test]
+fn ranking_marks_the_chosen_point_and_its_log_is_shown() {
+    let dir = tempfile::tempdir().unwrap();
+    let (html, markdown) = written(dir.path(), &with_ranking(dir.path()));
+    let rows: Vec<&str> = markdown.lines().filter(|l| l.starts_with("| ")).collect();
+    let of = |start: &str| *rows.iter().find(|r| r.starts_with(start)).unwrap();
+    assert_eq!(
+        of("| **1** |"),
+        "| **1** | **→ 300** | **75.0% [68.0, 81.0]** | **+5.0** | **chosen** |"
+    );
+    assert_eq!(of("| 2 |"), "| 2 | 120 | 70.0% [63.0, 76.0] | default |  |");
+    for page in [&html, &markdown] {
+        assert!(page.contains("200 prompts set aside for choosing"));
+        // Of two others one is too far away.
+        assert!(page.contains("The intervals of 1 of the other 2 overlap"), "{page}");
+        assert!(page.contains("answered the 10 test prompts, once: strict accuracy 70.0%"));
+        assert!(page.contains("1.500 at step 1") && !page.contains("2.500 at step 1"));
+    }
+    assert!(html.contains("<tr class=\"marked\"><td>1</td>"));
+}
+
+#[test]
+fn gathered_logs_without_a_choice_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut request = with_ranking(dir.path());
+    request.inputs.remove("ranking");
+    let error = Report.run(&request, &mut Reporter::silent()).unwrap_err();
+    assert!(error.message.contains("train_log"), "{}", error.message);
 }

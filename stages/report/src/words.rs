@@ -13,6 +13,18 @@ pub(crate) fn rate(rate: &Rate) -> String {
     format!("{} [{:.1}, {:.1}]", percent(rate.value), rate.low * 100.0, rate.high * 100.0)
 }
 
+/// `strict accuracy` of `strict_accuracy`.
+pub(crate) fn plain(name: &str) -> String {
+    name.replace(['_', '.'], " ")
+}
+
+/// At most four decimals.
+pub(crate) fn short(value: f64) -> String {
+    let text = format!("{value:.4}");
+    let text = text.trim_end_matches('0').trim_end_matches('.');
+    if text.is_empty() { "0".to_owned() } else { text.to_owned() }
+}
+
 /// `+21.7`, in percentage points.
 pub(crate) fn points(fraction: f64) -> String {
     format!("{:+.1}", fraction * 100.0)

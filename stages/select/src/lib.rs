@@ -11,18 +11,19 @@ use contract::{
     InputSpec, Outcome, OutputSpec, ParamError, Reporter, Request, Signature, StageError,
     StageKind, parse_params,
 };
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
-/// Changes when the same metrics would be ranked otherwise.
-const VERSION: &str = "1";
+/// Changes when the same metrics would be ranked or described otherwise.
+const VERSION: &str = "2";
 /// A file of metrics larger than this is something else.
 const LARGEST_METRICS: u64 = 16 << 20;
 
 /// The stage kind `select`.
 pub struct Select;
 
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 struct Params {
     /// Dotted path of a number in every file of metrics.
@@ -35,11 +36,13 @@ struct Params {
     average_over: Vec<String>,
 }
 
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 enum Goal {
+    /// The most.
     #[default]
     Max,
+    /// The least.
     Min,
 }
 
@@ -62,6 +65,9 @@ struct Ranked {
     score: f64,
     /// The metric of every repeat by point.
     scores: BTreeMap<String, f64>,
+    /// What stands beside the metric of every repeat, such as its interval, by point.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    beside: BTreeMap<String, Map<String, Value>>,
 }
 
 impl StageKind for Select {
@@ -96,6 +102,10 @@ impl StageKind for Select {
             ],
             ..Signature::default()
         })
+    }
+
+    fn params_schema(&self) -> Value {
+        contract::schema_of::<Params>()
     }
 
     fn run(&self, request: &Request, reporter: &mut Reporter) -> Result<Outcome, StageError> {
@@ -137,19 +147,22 @@ fn index(folder: &Path) -> Result<Vec<Point>, StageError> {
 fn ranking(params: &Params, folder: &Path) -> Result<Vec<Ranked>, StageError> {
     let mut groups: Vec<Ranked> = Vec::new();
     for Point { point, path, params: mut at } in index(folder)? {
-        let score = score(&folder.join(path), &point, &params.metric)?;
+        let (score, beside) = score(&folder.join(path), &point, &params.metric)?;
         for repeated in &params.average_over {
             if at.remove(repeated).is_none() {
                 let message = format!("`average_over`: no matrix varies `{repeated}`");
                 return Err(StageError::input(message));
             }
         }
-        if let Some(group) = groups.iter_mut().find(|g| g.params == at) {
-            group.scores.insert(point, score);
-        } else {
-            let scores = [(point.clone(), score)].into();
-            groups.push(Ranked { point, params: at, score, scores });
-        }
+        let known = groups.iter().position(|g| g.params == at);
+        let group = known.unwrap_or_else(|| {
+            let (scores, beside) = (BTreeMap::new(), BTreeMap::new());
+            groups.push(Ranked { point: point.clone(), params: at, score, scores, beside });
+            groups.len() - 1
+        });
+        let group = &mut groups[group];
+        group.beside.extend(beside.map(|beside| (point.clone(), beside)));
+        group.scores.insert(point, score);
     }
     if groups.is_empty() {
         return Err(StageError::input("`metrics` has no points"));
@@ -165,7 +178,10 @@ fn ranking(params: &Params, folder: &Path) -> Result<Vec<Ranked>, StageError> {
     Ok(groups)
 }
 
-fn score(path: &Path, point: &str, metric: &str) -> Result<f64, StageError> {
+/// The metric, and the numbers in whose midst it stands.
+type Score = (f64, Option<Map<String, Value>>);
+
+fn score(path: &Path, point: &str, metric: &str) -> Result<Score, StageError> {
     let io = |e| StageError::io("read", path, &e);
     if fs::metadata(path).map_err(io)?.len() > LARGEST_METRICS {
         return Err(StageError::input(format!("{} is too large for metrics", path.display())));
@@ -173,8 +189,11 @@ fn score(path: &Path, point: &str, metric: &str) -> Result<f64, StageError> {
     let text = fs::read(path).map_err(io)?;
     let metrics: Value = serde_json::from_slice(&text)
         .map_err(|e| StageError::input(format!("metrics of `{point}` are no JSON: {e}")))?;
-    let found = metric.split('.').try_fold(&metrics, |value, step| value.get(step));
-    found.and_then(Value::as_f64).ok_or_else(|| {
+    let at = |path: &str| path.split('.').try_fold(&metrics, |value, step| value.get(step));
+    let beside = metric.rsplit_once('.').and_then(|(around, _)| at(around)?.as_object());
+    let beside = beside.filter(|numbers| numbers.values().all(Value::is_number)).cloned();
+    let found = at(metric).and_then(Value::as_f64);
+    found.map(|score| (score, beside)).ok_or_else(|| {
         let known: Vec<String> = match &metrics {
             Value::Object(entries) => entries.keys().cloned().collect(),
             _ => Vec::new(),
@@ -235,7 +254,7 @@ mod tests {
             &[
                 ("default", json!({"lr": 1, "seed": 1}), r#"{"rate": {"value": 0.5}}"#),
                 ("seed=2", json!({"lr": 1, "seed": 2}), r#"{"rate": {"value": 0.6}}"#),
-                ("lr=2", json!({"lr": 2, "seed": 1}), r#"{"rate": {"value": 0.7}}"#),
+                ("lr=2", json!({"lr": 2, "seed": 1}), r#"{"rate": {"value": 0.7, "low": 0.6}}"#),
                 ("lr=2,seed=2", json!({"lr": 2, "seed": 2}), r#"{"rate": {"value": 0.1}}"#),
             ],
         );
@@ -271,6 +290,7 @@ mod tests {
         let choice = select(dir.path(), json!({"metric": "rate.value"})).unwrap();
         assert_eq!(choice["best"]["point"], "lr=2");
         assert_eq!(choice["best"]["params"], json!({"lr": 2, "seed": 1}));
+        assert_eq!(choice["best"]["beside"]["lr=2"], json!({"value": 0.7, "low": 0.6}));
         assert_eq!(fs::read_to_string(dir.path().join("chosen/adapter")).unwrap(), "lr=2");
         let choice = select(dir.path(), json!({"metric": "rate.value", "goal": "min"})).unwrap();
         assert_eq!(choice["best"]["point"], "lr=2,seed=2");

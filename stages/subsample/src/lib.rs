@@ -16,6 +16,7 @@ use contract::{
     StageKind, parse_params,
 };
 use data::{Row, write_json, write_jsonl};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -31,7 +32,7 @@ const LISTED: usize = 1000;
 pub struct Subsample;
 
 /// Layout of the source.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Format {
     /// A JSON array of `{system, chat}`.
@@ -42,7 +43,7 @@ pub(crate) enum Format {
     ChatJsonl,
 }
 
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Params {
     pub(crate) format: Format,
@@ -55,11 +56,14 @@ pub(crate) struct Params {
     /// `bfcl`: the right reply where no function fits.
     #[serde(default = "no_call_answer")]
     pub(crate) no_call_answer: String,
+    /// Of the shuffle, as in `Dataset.shuffle(seed)`.
     #[serde(default = "seed")]
     seed: u64,
-    /// `[start, end)` of the shuffled order.
+    /// Rows to train on: `[start, end)` of the shuffled order.
     train: [usize; 2],
+    /// Rows to evaluate on.
     test: [usize; 2],
+    /// Rows to choose by.
     #[serde(default)]
     dev: Option<[usize; 2]>,
     /// Refuses a source with another number of rows.
@@ -135,6 +139,10 @@ impl StageKind for Subsample {
             outputs,
             ..Signature::default()
         })
+    }
+
+    fn params_schema(&self) -> Value {
+        contract::schema_of::<Params>()
     }
 
     fn run(&self, request: &Request, reporter: &mut Reporter) -> Result<Outcome, StageError> {

@@ -3,6 +3,7 @@
 
 use checkpoint::ChatTemplate;
 use data::{Message, Role, Tool, ToolCall};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value as Json, json};
 
@@ -10,7 +11,7 @@ use crate::jinja::Jinja;
 use crate::python_json::dumps;
 
 /// Which layout to use.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum ToolFormat {
     /// `native` where the template renders tools, else `hermes`.

@@ -17,6 +17,7 @@ use data::{
     Expected, ExpectedCall, Message, Prompt, RenderedRow, Role, Row, Tool, read_jsonl, write_json,
     write_jsonl,
 };
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
@@ -28,7 +29,7 @@ const VERSION: &str = "1";
 /// The stage kind `template`.
 pub struct Template;
 
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 struct Params {
     tool_format: ToolFormat,
@@ -51,17 +52,21 @@ impl Default for Params {
 }
 
 /// Which assistant turns that answer a user become prompts.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 enum Turns {
+    /// Each of them.
     All,
+    /// The first of a row.
     First,
 }
 
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 struct ManualPrompt {
+    /// The question.
     user: String,
+    /// System text.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     system: Option<String>,
     /// `{name, description, parameters}` of each tool on offer.
@@ -104,6 +109,10 @@ impl StageKind for Template {
             ],
             ..Signature::default()
         })
+    }
+
+    fn params_schema(&self) -> Value {
+        contract::schema_of::<Params>()
     }
 
     fn run(&self, request: &Request, _reporter: &mut Reporter) -> Result<Outcome, StageError> {

@@ -11,6 +11,7 @@ use contract::{
     StageKind, parse_params,
 };
 use data::{RenderedRow, TokenFile, read_jsonl, write_json};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -26,16 +27,18 @@ const LISTED: usize = 1000;
 /// The stage kind `tokenize-pack`.
 pub struct TokenizePack;
 
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 struct Params {
     /// Longest row, in tokens.
+    #[schemars(range(min = 2))]
     max_length: usize,
     pack: Pack,
     loss_on: LossOn,
     special_tokens: SpecialTokens,
     truncate: Truncate,
     /// Rows packed at a time.
+    #[schemars(range(min = 1))]
     pack_batch: usize,
 }
 
@@ -53,7 +56,7 @@ impl Default for Params {
 }
 
 /// Which tokens are targets of the loss.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 enum LossOn {
     /// Every token.
@@ -63,7 +66,7 @@ enum LossOn {
 }
 
 /// Which marks are added to a text.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 enum SpecialTokens {
     /// A begin mark unless the text has one; no end mark.
@@ -73,7 +76,7 @@ enum SpecialTokens {
 }
 
 /// What happens to an example longer than a row, which `wrapped` goes on with in the next.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 enum Truncate {
     /// Its end is cut off.
@@ -129,6 +132,10 @@ impl StageKind for TokenizePack {
             ],
             ..Signature::default()
         })
+    }
+
+    fn params_schema(&self) -> Value {
+        contract::schema_of::<Params>()
     }
 
     fn run(&self, request: &Request, reporter: &mut Reporter) -> Result<Outcome, StageError> {

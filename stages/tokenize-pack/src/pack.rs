@@ -6,10 +6,11 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use data::TokenFile;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// How examples become rows.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Pack {
     /// Longest first, each into the fullest row that still has room.

@@ -9,6 +9,8 @@ use std::path::Path;
 #[cfg(feature = "cuda")]
 mod gpu;
 mod host;
+#[cfg(feature = "cuda")]
+mod scaler;
 mod start;
 
 use contract::{Reporter, StageError};
@@ -46,6 +48,12 @@ pub(crate) trait Learner {
 
     /// Ends the step's micro-batches: the sum of their token losses, and the gradient's global norm.
     fn gradient(&mut self) -> Result<(f64, f64), StageError>;
+
+    /// Judges a gradient that is not finite: true where the learner had scaled the loss too far, has
+    /// lowered the scale and zeroed the gradient, so that the step is to be skipped.
+    fn overflowed(&mut self) -> Result<bool, StageError> {
+        Ok(false)
+    }
 
     /// Clips the gradient, moves the parameters, and zeroes the gradient.
     fn update(&mut self, learning_rate: f64) -> Result<(), StageError>;
@@ -145,7 +153,7 @@ fn check_cpu(params: &Params) -> Result<(), StageError> {
         return Err(StageError::input("this `pipe` was built without CUDA")
             .help("build it with `--features cuda`, or set `device: cpu`"));
     }
-    if params.dtype == DtypeChoice::Bf16 {
+    if let DtypeChoice::Bf16 | DtypeChoice::F16 = params.dtype {
         return Err(StageError::input("the CPU trains in f32")
             .help("set `dtype: auto`, or `device: cuda` where there is a GPU"));
     }

@@ -14,7 +14,8 @@ pub(crate) struct LogLine {
     pub(crate) loss: f64,
     /// Rate of this step's update.
     pub(crate) learning_rate: f64,
-    /// Global norm of the gradient, before clipping.
+    /// Global norm of the gradient, before clipping; not finite (null in JSON) where an f16 gradient
+    /// overflowed under the scale of the loss and the step was skipped.
     pub(crate) grad_norm: f64,
     /// Tokens that counted in the loss.
     pub(crate) targets: u64,
@@ -26,6 +27,11 @@ pub(crate) struct LogLine {
 }
 
 impl LogLine {
+    /// Whether the gradient overflowed, so that nothing moved.
+    pub(crate) fn is_skipped(&self) -> bool {
+        !self.grad_norm.is_finite()
+    }
+
     /// The line's fields, for programs that listen.
     pub(crate) fn values(&self) -> Map<String, Value> {
         match serde_json::to_value(self) {

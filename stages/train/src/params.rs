@@ -2,6 +2,7 @@
 
 use contract::{ParamError, parse_params};
 use model::{DeviceChoice, DtypeChoice, Init, LoraConfig, PROJECTIONS};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -12,31 +13,45 @@ use crate::schedule::ScheduleKind;
 const DEFAULT_STEPS: u64 = 120;
 
 /// What may be written under `params:`. The defaults are the assignment's.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub(crate) struct Params {
+    /// The adapter.
     pub(crate) lora: Lora,
-    /// Optimiser steps; exclusive with `epochs`.
+    /// Optimiser steps; exclusive with `epochs`. 120 where neither is given.
+    #[schemars(range(min = 1))]
     pub(crate) max_steps: Option<u64>,
     /// Passes over the rows, which may end in the middle of one.
     pub(crate) epochs: Option<f64>,
+    /// Highest learning rate, reached after the warmup.
     pub(crate) learning_rate: f64,
+    /// Steps over which the learning rate rises from zero.
     pub(crate) warmup_steps: u64,
     pub(crate) schedule: ScheduleKind,
+    /// Decoupled weight decay of the factors.
+    #[schemars(range(min = 0))]
     pub(crate) weight_decay: f64,
     /// Packed rows a micro-batch.
+    #[schemars(range(min = 1))]
     pub(crate) batch_size: usize,
     /// Micro-batches a step.
+    #[schemars(range(min = 1))]
     pub(crate) gradient_accumulation: usize,
     /// Global L2 norm above which gradients are scaled down; 0 for none.
+    #[schemars(range(min = 0))]
     pub(crate) max_grad_norm: f64,
     pub(crate) optimizer: OptimizerKind,
+    /// Decay of the running means of gradients and of their squares.
     pub(crate) betas: [f64; 2],
+    /// Added to the root of the second moment.
     pub(crate) eps: f64,
+    /// Of the new adapter, the order of rows and dropout.
     pub(crate) seed: u64,
     /// Steps between two evaluations on `eval_tokens`; one more follows the last step.
+    #[schemars(range(min = 1))]
     pub(crate) eval_steps: u64,
     /// Steps between two checkpoints for resuming.
+    #[schemars(range(min = 1))]
     pub(crate) checkpoint_steps: u64,
     pub(crate) select: Select,
     /// When a rising loss ends the run; `null` for never.
@@ -49,12 +64,19 @@ pub(crate) struct Params {
 }
 
 /// The adapter.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub(crate) struct Lora {
+    /// Rank.
+    #[schemars(range(min = 1))]
     pub(crate) r: usize,
+    /// What the adapter adds is scaled by `alpha / r`.
     pub(crate) alpha: f64,
+    /// Share of the adapter's inputs that training sets to zero.
+    #[schemars(range(min = 0, max = 1))]
     pub(crate) dropout: f64,
+    /// Projections of every layer that get an adapter.
+    #[schemars(extend("items" = {"type": "string", "enum": PROJECTIONS}))]
     pub(crate) targets: Vec<String>,
     /// Scale by `alpha / √r` instead of `alpha / r`.
     pub(crate) use_rslora: bool,
@@ -68,7 +90,7 @@ pub(crate) struct Lora {
 }
 
 /// Which adapter is the output.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Select {
     /// The one after the last step.
@@ -78,15 +100,18 @@ pub(crate) enum Select {
 }
 
 /// A loss above `factor` times the running median for `patience` steps in a row ends the run.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub(crate) struct Spike {
+    /// Times the running median.
     pub(crate) factor: f64,
+    /// Steps in a row.
+    #[schemars(range(min = 1))]
     pub(crate) patience: u64,
 }
 
 /// What the forward pass keeps on a GPU; the results are the same bits.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Activations {
     /// Everything where it fits.
@@ -95,6 +120,8 @@ pub(crate) enum Activations {
     Keep,
     /// Each layer's input; layers run forward twice.
     Recompute,
+    /// As `recompute`, with the inputs in pinned memory of the host.
+    Offload,
 }
 
 impl Default for Params {
@@ -299,7 +326,9 @@ mod tests {
         let identity = |v: Value| Params::parse(&v).unwrap().identity();
         let base = identity(json!({}));
         assert_eq!(base, identity(json!({"checkpoint_steps": 3, "spike": null})));
-        assert_eq!(base, identity(json!({"activations": "recompute"})));
+        for activations in ["keep", "recompute", "offload"] {
+            assert_eq!(base, identity(json!({"activations": activations})));
+        }
         assert_eq!(identity(json!({"device": "cuda"})), identity(json!({"device": "cuda:0"})));
         assert_ne!(base, identity(json!({"eval_steps": 3})));
     }

@@ -28,6 +28,11 @@ impl State {
         self.log.len() as u64
     }
 
+    /// Steps whose gradient overflowed, so that nothing moved.
+    pub(crate) fn skipped(&self) -> u64 {
+        self.log.iter().filter(|line| line.is_skipped()).count() as u64
+    }
+
     /// The state as bytes, which the learner's follow.
     pub(crate) fn to_bytes(&self) -> Vec<u8> {
         let (loss, values) = self.best.as_ref().map_or((f64::NAN, &[][..]), |(l, v)| (*l, v));

@@ -82,7 +82,7 @@ impl<'a, L: Learner> Trainer<'a, L> {
         let seconds_per_token = self.learner.prepare(longest(batch), longest(1), reporter)?;
         let (mut state, resumed_from) = self.start(reporter)?;
         let mut guard = Guard::new(self.params.spike);
-        state.log.iter().for_each(|line| {
+        state.log.iter().filter(|line| !line.is_skipped()).for_each(|line| {
             guard.observe(line.loss);
         });
         let (train_tokens, eval_tokens) = self.tokens_from(resumed_from);
@@ -138,7 +138,8 @@ impl<'a, L: Learner> Trainer<'a, L> {
         reporter: &mut Reporter,
     ) -> Result<LogLine, TrainError> {
         let before = state.step();
-        let learning_rate = self.schedule.rate(before);
+        // As in transformers, a skipped step reads its rows and leaves the schedule where it is.
+        let learning_rate = self.schedule.rate(before - state.skipped());
         let rows = self.order.step(before);
         let all: Vec<usize> = rows.micro_batches.concat();
         let targets = self.train.targets(&all);
@@ -155,8 +156,13 @@ impl<'a, L: Learner> Trainer<'a, L> {
         let (sum, grad_norm) = meter.training(|| self.learner.gradient())?;
         let loss = sum / targets.max(1) as f64;
         let step = before + 1;
-        self.judge(step, loss, grad_norm, learning_rate, guard)?;
-        meter.training(|| self.learner.update(learning_rate))?;
+        let is_skipped = loss.is_finite()
+            && !grad_norm.is_finite()
+            && meter.training(|| self.learner.overflowed())?;
+        if !is_skipped {
+            self.judge(step, loss, grad_norm, learning_rate, guard)?;
+            meter.training(|| self.learner.update(learning_rate))?;
+        }
         meter.step_done();
         Ok(LogLine {
             step,
@@ -256,5 +262,7 @@ fn report(line: &LogLine, total: u64, meter: &Meter, reporter: &mut Reporter) {
     }
 }
 
+#[cfg(test)]
+mod skip_tests;
 #[cfg(test)]
 mod tests;

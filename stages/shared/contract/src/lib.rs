@@ -8,6 +8,7 @@ mod error;
 mod params;
 mod progress;
 mod request;
+mod schema;
 mod scratch;
 mod signature;
 
@@ -15,6 +16,7 @@ pub use error::{Fault, StageError};
 pub use params::{ParamError, parse_params};
 pub use progress::{Progress, Reporter};
 pub use request::{Outcome, Request, UpstreamRecord};
+pub use schema::schema_of;
 pub use scratch::{Checkpoints, ScratchError};
 pub use signature::{InputSpec, OutputClass, OutputForm, OutputSpec, Signature};
 
@@ -42,12 +44,9 @@ pub trait StageKind: Send + Sync {
     /// [`ParamError`] with the path of the offending key inside `params`.
     fn resolve(&self, params: &serde_json::Value) -> Result<Signature, ParamError>;
 
-    /// JSON Schema of `params:` as it may be written, for editors; variables (`${name}`) may stand
-    /// anywhere as text. Without one, names and types are taken from the defaults that
-    /// [`StageKind::resolve`] fills in.
-    fn params_schema(&self) -> Option<serde_json::Value> {
-        None
-    }
+    /// JSON Schema of `params:`, for editors and `pipe kinds`: [`schema_of`] the struct that
+    /// [`StageKind::resolve`] parses. The engine adds that variables may stand anywhere.
+    fn params_schema(&self) -> serde_json::Value;
 
     /// Does the work, in a process of its own.
     ///

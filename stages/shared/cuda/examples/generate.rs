@@ -1,8 +1,9 @@
 //! Checks generation against the CPU's and times it:
 //! `generate check FOLDER...` (folders with `f32`, `nf4` and `adapter`) or
-//! `generate time SHAPE BATCH PROMPT NEW` (SHAPE: qwen2.5-3b, smollm2-135m).
+//! `generate time SHAPE BATCH PROMPT NEW` (SHAPE: qwen2.5-3b, gemma-2-2b, smollm2-135m).
 #![allow(clippy::print_stdout, clippy::unwrap_used, reason = "an example")]
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::time::Instant;
 
@@ -15,13 +16,17 @@ fn main() {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let number = |index: usize| args[index].parse().unwrap();
     match args[0].as_str() {
-        "check" => args[1..].iter().for_each(|folder| check(Path::new(folder))),
+        "check" => {
+            let mut launched = BTreeSet::new();
+            args[1..].iter().for_each(|folder| check(Path::new(folder), &mut launched));
+            println!("launched: {}", Vec::from_iter(launched).join(" "));
+        }
         _ => time(&args[1], number(2), number(3), number(4)),
     }
 }
 
 /// Greedy tokens of a ragged batch, with and without adapter, by batch size and alone.
-fn check(folder: &Path) {
+fn check(folder: &Path, launched: &mut BTreeSet<&'static str>) {
     for weights in ["f32", "nf4"] {
         let model = Model::load(&folder.join(weights)).unwrap();
         let tuned = Adapter::load_peft(&folder.join("adapter"), &model).unwrap();
@@ -39,8 +44,9 @@ fn check(folder: &Path) {
             let mut expected = Vec::new();
             let own = (!adapter.factors.is_empty()).then_some(adapter);
             model.generate(own, &prompts, &options, &mut |g| collect(&mut expected, g)).unwrap();
-            for dtype in [Dtype::F32, Dtype::Bf16] {
+            for dtype in [Dtype::F32, Dtype::Bf16, Dtype::F16] {
                 let device = Device::open(0, dtype).unwrap();
+                device.start_profile();
                 let generator = Generator::load(device, &folder.join(weights), adapter).unwrap();
                 let mut all = Vec::new();
                 for batch_size in [16, 5] {
@@ -52,6 +58,7 @@ fn check(folder: &Path) {
                 let mut alone = Vec::new();
                 let single = &prompts[20..21];
                 generator.generate(single, &options, &mut |g| collect(&mut alone, g)).unwrap();
+                launched.extend(generator.device().finish_profile().unwrap().into_keys());
                 let same = all[0].iter().zip(&expected).filter(|(a, b)| a == b).count();
                 println!(
                     "{} {weights} {name} {dtype:?}: {same} of {} rows as on the CPU, batches alike {}, alone alike {}",

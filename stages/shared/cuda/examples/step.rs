@@ -1,8 +1,9 @@
 //! Checks the training step against the CPU's and times it:
-//! `step check FOLDER...` (folders with `f32`, `nf4` and `adapter`) or
-//! `step time SHAPE keep|recompute STEPS` (SHAPE: qwen2.5-3b, smollm2-135m).
+//! `step check FOLDER...` (folders with `f32`, `nf4` and `adapter`), `step same SHAPE` or
+//! `step time SHAPE keep|recompute|offload STEPS [f16]` (SHAPE: qwen2.5-3b, gemma-2-2b, smollm2-135m).
 #![allow(clippy::print_stdout, clippy::unwrap_used, reason = "an example")]
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::time::Instant;
 
@@ -14,10 +15,73 @@ mod shapes;
 fn main() {
     let args: Vec<String> = std::env::args().skip(1).collect();
     match args[0].as_str() {
-        "check" => args[1..].iter().for_each(|folder| {
-            ["f32", "nf4"].iter().for_each(|weights| check(Path::new(folder), weights));
-        }),
-        _ => time(&args[1], &args[2], args[3].parse().unwrap()),
+        "check" => {
+            let mut launched = BTreeSet::new();
+            for folder in &args[1..] {
+                for weights in ["f32", "nf4"] {
+                    check(Path::new(folder), weights, &mut launched);
+                }
+            }
+            println!("launched: {}", Vec::from_iter(launched).join(" "));
+        }
+        "same" => same(&args[1]),
+        _ => {
+            let dtype = if args.len() > 4 { Dtype::F16 } else { Dtype::Bf16 };
+            time(&args[1], &args[2], args[3].parse().unwrap(), dtype);
+        }
+    }
+}
+
+/// Digests of the adapter after two steps of three micro-batches: kept, recomputed and offloaded
+/// activations, replayed graphs and plain launches, once and again.
+fn same(name: &str) {
+    let config = shapes::shape(name);
+    let adapter = Adapter::fresh(&config, &LoraConfig::default(), 1).unwrap();
+    let n = 2048usize;
+    let modes = [Activations::Keep, Activations::Recompute, Activations::Offload];
+    for (activations, is_plain) in
+        modes.into_iter().flat_map(|m| [(m, false), (m, false), (m, true)])
+    {
+        let device = Device::open(0, Dtype::Bf16).unwrap();
+        let frozen = Frozen::random(&device, config.clone(), 1).unwrap();
+        let lora = Lora::new(&device, &config, &adapter).unwrap();
+        let step = Step::new(&device, &frozen, &lora, n, activations).unwrap();
+        let settings = AdamSettings {
+            eight_bit: false,
+            betas: [0.9, 0.999],
+            eps: 1e-8,
+            weight_decay: 0.01,
+            clip: 1.0,
+        };
+        let all = 0..adapter.values.len();
+        let mut optimizer =
+            Optimizer::new(&device, settings, &[all], &[], Some(step.spare())).unwrap();
+        if is_plain {
+            // A profile keeps to one stream and records nothing.
+            device.start_profile();
+        }
+        let mut losses = Vec::new();
+        for index in 0..6usize {
+            let token = |i: usize| ((i * 7919 + index * 31) % config.vocab_size) as i32;
+            let tokens: Vec<i32> = (0..n).map(token).collect();
+            let targets: Vec<i32> = (0..n).map(|i| token(i + 1)).collect();
+            let cu = [0, 100, 1000, n as i32];
+            let batch = MicroBatch { tokens: &tokens, cu_seqlens: &cu, targets: &targets };
+            step.run(&device, &frozen, &lora, batch, 1.0 / (3 * n) as f32).unwrap();
+            if index % 3 == 2 {
+                optimizer.collect(&device, &lora, 1.0).unwrap();
+                losses.push(optimizer.read_norm(&device).unwrap());
+                optimizer.update(&device, &lora, 2e-4).unwrap();
+            }
+        }
+        let loss = step.take_loss(&device).unwrap() / (6 * n) as f64;
+        let values = lora.read_values(&device).unwrap();
+        let digest = values.iter().fold(0xcbf2_9ce4_8422_2325u64, |h, v| {
+            (h ^ u64::from(v.to_bits())).wrapping_mul(0x100_0000_01b3)
+        });
+        println!(
+            "{name} {activations:?} plain {is_plain}: {digest:016x} norms {losses:?} loss {loss}"
+        );
     }
 }
 
@@ -26,7 +90,7 @@ fn norm(x: impl Iterator<Item = f32>) -> f64 {
 }
 
 /// Loss and every factor's gradient, on ragged segments with holes in the targets.
-fn check(folder: &Path, weights: &str) {
+fn check(folder: &Path, weights: &str, launched: &mut BTreeSet<&'static str>) {
     let model = Model::load(&folder.join(weights)).unwrap();
     let adapter = Adapter::load_peft(&folder.join("adapter"), &model).unwrap();
     let config = model.config().clone();
@@ -43,16 +107,21 @@ fn check(folder: &Path, weights: &str) {
     let batch = MicroBatch { tokens: &tokens, cu_seqlens: &cu, targets: &targets };
     let mut expected = vec![0.0; adapter.values.len()];
     let loss = model.loss_and_grad(&adapter, batch, 0.25, None, &mut expected).unwrap().sum;
-    for dtype in [Dtype::F32, Dtype::Bf16] {
+    for dtype in [Dtype::F32, Dtype::Bf16, Dtype::F16] {
+        // Gradients of f16 are scaled, as in training.
+        let factor = if dtype == Dtype::F16 { 1024.0 } else { 1.0 };
         let mut bits: Option<Vec<u32>> = None;
-        for activations in [Activations::Keep, Activations::Recompute] {
+        for activations in [Activations::Keep, Activations::Recompute, Activations::Offload] {
             let device = Device::open(0, dtype).unwrap();
+            device.start_profile();
             let frozen = Frozen::load(&device, &folder.join(weights)).unwrap();
             let lora = Lora::new(&device, &config, &adapter).unwrap();
             let step = Step::new(&device, &frozen, &lora, 256, activations).unwrap();
-            step.run(&device, &frozen, &lora, batch, 0.25).unwrap();
+            step.run(&device, &frozen, &lora, batch, 0.25 * factor).unwrap();
             let got = step.take_loss(&device).unwrap();
-            let gradient = lora.read_gradient(&device).unwrap();
+            let mut gradient = lora.read_gradient(&device).unwrap();
+            gradient.iter_mut().for_each(|g| *g /= factor);
+            launched.extend(device.finish_profile().unwrap().into_keys());
             let mut worst = (0.0, "");
             for factor in &adapter.factors {
                 for range in [&factor.a, &factor.b] {
@@ -78,12 +147,15 @@ fn check(folder: &Path, weights: &str) {
     }
 }
 
-fn time(name: &str, activations: &str, steps: usize) {
+fn time(name: &str, activations: &str, steps: usize, dtype: Dtype) {
     let start = Instant::now();
     let config = shapes::shape(name);
-    let keep = activations == "keep";
-    let activations = if keep { Activations::Keep } else { Activations::Recompute };
-    let device = Device::open(0, Dtype::Bf16).unwrap();
+    let activations = match activations {
+        "keep" => Activations::Keep,
+        "recompute" => Activations::Recompute,
+        _ => Activations::Offload,
+    };
+    let device = Device::open(0, dtype).unwrap();
     let frozen = Frozen::random(&device, config.clone(), 1).unwrap();
     let adapter = Adapter::fresh(&config, &LoraConfig::default(), 1).unwrap();
     let lora = Lora::new(&device, &config, &adapter).unwrap();
@@ -122,7 +194,7 @@ fn time(name: &str, activations: &str, steps: usize) {
         for _ in 0..accumulation {
             step.run(&device, &frozen, &lora, batch, 1.0 / (n * accumulation) as f32).unwrap();
         }
-        optimizer.collect(&device, &lora).unwrap();
+        optimizer.collect(&device, &lora, 1.0).unwrap();
         optimizer.update(&device, &lora, 2e-4).unwrap();
         let loss = step.take_loss(&device).unwrap() / (accumulation * (n - rows)) as f64;
         times.push(begin.elapsed().as_secs_f64());
@@ -140,7 +212,7 @@ fn time(name: &str, activations: &str, steps: usize) {
     timed.sort_by(f64::total_cmp);
     let median = timed[timed.len() / 2];
     println!(
-        "{name} {activations:?}: {:.0} tok/s, step {:.1} ms, peak {:.2} GiB",
+        "{name} {dtype:?} {activations:?}: {:.0} tok/s, step {:.1} ms, peak {:.2} GiB",
         (n * accumulation) as f64 / median,
         median * 1e3,
         device.peak_bytes() as f64 / f64::from(1u32 << 30)

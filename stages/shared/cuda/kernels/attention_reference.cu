@@ -1,20 +1,36 @@
-// The slow twin of flash attention: causal softmax(scale q kT) v inside segments, grouped queries.
+// The slow twin of flash attention: causal softmax(s) v inside segments with s = scale q kT, grouped queries.
 // q, k, v lie side by side in rows of stride ld; kv head of query head h is h / (heads / kv_heads).
-// start[row] is the first row of the row's segment, stop[row] one past its last.
+// start[row] is the first row of the row's segment, stop[row] one past its last. With a softcap c (not 0)
+// s = c tanh(scale q kT / c); with a window (not 0) row i sees rows j with i - j < window alone.
+
+// s of a product of query and key, and its derivative in scale q kT.
+__device__ __forceinline__ float score_of(float dot, float scale, float softcap, float& slope) {
+  slope = 1.f;
+  return softcap > 0.f ? softcapped(dot * scale, softcap, slope) : dot * scale;
+}
+
+// The first row that `row` sees, and one past the last that sees it.
+__device__ __forceinline__ int first_seen(int row, int start, int window) {
+  return window > 0 ? max(start, row - window + 1) : start;
+}
+__device__ __forceinline__ int last_seeing(int row, int stop, int window) {
+  return window > 0 ? min(stop, row + window) : stop;
+}
 
 extern "C" __global__ void attention_reference(const T* q, const T* k, const T* v, int ld, T* out,
                                                int ldo, float* lse, const int* start, int heads,
-                                               int kv_heads, int d, float scale, int n) {
+                                               int kv_heads, int d, float scale, float softcap, int window,
+                                               int n) {
   extern __shared__ float score[];
   int row = blockIdx.x, head = blockIdx.y, kv = head / (heads / kv_heads);
-  int first = start[row], count = row - first + 1;
+  int first = first_seen(row, start[row], window), count = row - first + 1;
   const T* query = q + (u64)row * ld + head * d;
   float top = -INFINITY;
   for (int j = threadIdx.x; j < count; j += blockDim.x) {
     const T* key = k + (u64)(first + j) * ld + kv * d;
-    float dot = 0.f;
+    float dot = 0.f, slope;
     for (int c = 0; c < d; c++) dot += load(query[c]) * load(key[c]);
-    score[j] = dot * scale;
+    score[j] = score_of(dot, scale, softcap, slope);
   }
   __syncthreads();
   for (int j = 0; j < count; j++) top = fmaxf(top, score[j]);
@@ -40,23 +56,24 @@ extern "C" __global__ void attention_delta(const T* out, int ldo, const T* dout,
   if (threadIdx.x == 0) delta[(u64)head * n + row] = sum;
 }
 
-// dq[row] = scale sum_j p_j (dp_j - delta) k_j
+// dq[row] = scale sum_j ds_j k_j with ds_j = p_j (dp_j - delta), times the slope of a softcap
 extern "C" __global__ void attention_reference_dq(const T* q, const T* k, const T* v, int ld, const T* dout,
                                                   int lddo, const float* lse, const float* delta, T* dq,
                                                   int ldd, const int* start, int heads, int kv_heads,
-                                                  int d, float scale, int n) {
+                                                  int d, float scale, float softcap, int window, int n) {
   extern __shared__ float ds[];
   int row = blockIdx.x, head = blockIdx.y, kv = head / (heads / kv_heads);
-  int first = start[row], count = row - first + 1;
+  int first = first_seen(row, start[row], window), count = row - first + 1;
   const T* query = q + (u64)row * ld + head * d;
   const T* grad = dout + (u64)row * lddo + head * d;
   float norm = lse[(u64)head * n + row], mean = delta[(u64)head * n + row];
   for (int j = threadIdx.x; j < count; j += blockDim.x) {
     const T* key = k + (u64)(first + j) * ld + kv * d;
     const T* value = v + (u64)(first + j) * ld + kv * d;
-    float dot = 0.f, dp = 0.f;
+    float dot = 0.f, dp = 0.f, slope;
     for (int c = 0; c < d; c++) dot += load(query[c]) * load(key[c]), dp += load(grad[c]) * load(value[c]);
-    ds[j] = EXP(dot * scale - norm) * (dp - mean) * scale;
+    float p = EXP(score_of(dot, scale, softcap, slope) - norm);
+    ds[j] = p * (dp - mean) * slope * scale;
   }
   __syncthreads();
   for (int c = threadIdx.x; c < d; c += blockDim.x) {
@@ -71,10 +88,10 @@ extern "C" __global__ void attention_reference_dkv(const T* q, const T* k, const
                                                    const T* dout, int lddo, const float* lse,
                                                    const float* delta, T* dk, T* dv, int ldd,
                                                    const int* stop, int heads, int kv_heads, int d,
-                                                   float scale, int n) {
+                                                   float scale, float softcap, int window, int n) {
   extern __shared__ float shared[];
   int row = blockIdx.x, kv = blockIdx.y, group = heads / kv_heads;
-  int count = stop[row] - row;
+  int count = last_seeing(row, stop[row], window) - row;
   float *p = shared, *ds = shared + count;
   const T* key = k + (u64)row * ld + kv * d;
   const T* value = v + (u64)row * ld + kv * d;
@@ -84,10 +101,10 @@ extern "C" __global__ void attention_reference_dkv(const T* q, const T* k, const
     for (int j = threadIdx.x; j < count; j += blockDim.x) {
       const T* query = q + (u64)(row + j) * ld + head * d;
       const T* grad = dout + (u64)(row + j) * lddo + head * d;
-      float dot = 0.f, dp = 0.f;
+      float dot = 0.f, dp = 0.f, slope;
       for (int c = 0; c < d; c++) dot += load(query[c]) * load(key[c]), dp += load(grad[c]) * load(value[c]);
-      p[j] = EXP(dot * scale - lse[(u64)head * n + row + j]);
-      ds[j] = p[j] * (dp - delta[(u64)head * n + row + j]) * scale;
+      p[j] = EXP(score_of(dot, scale, softcap, slope) - lse[(u64)head * n + row + j]);
+      ds[j] = p[j] * (dp - delta[(u64)head * n + row + j]) * slope * scale;
     }
     __syncthreads();
     if (threadIdx.x < d)

@@ -12,18 +12,20 @@ extern "C" __global__ void cache_append(const T* qkv, int ld, int first, int wid
   *(Pack*)(cache + place * width + column % width) = *(const Pack*)(qkv + (u64)row * ld + first + column);
 }
 
-// One new token a row: out = softmax(scale q K^T) V over positions 0..=p of its slot, which hold its own
-// key and value already. A block a row and query head: its four warps take keys in turns of four, each
-// with a running maximum m, sum l and weighted values (Milakov and Gimelshein, 2018), joined at the end
-// in one order. A lane holds elements lane, lane + 32, ... of the head. d is at most 256.
+// One new token a row: out = softmax(scale q K^T) V over the positions of its slot up to its own, p, which
+// holds its own key and value already; with a window (not 0) only over the last `window` of them, with a
+// softcap c (not 0) of scores c tanh(s / c). A block a row and query head: its four warps take keys in turns
+// of four, each with a running maximum m, sum l and weighted values (Milakov and Gimelshein, 2018), joined at
+// the end in one order. A lane holds elements lane, lane + 32, ... of the head. d is at most 256.
 #define WARPS 4
 #define KEYS 4
 extern "C" __global__ void decode_attention(const T* q, int ldq, T* out, int ldo, const T* cache,
                                             const int* slots, const int* positions, int kv_heads, int d,
-                                            int length, float scale) {
+                                            int length, float scale, float softcap, int window) {
   __shared__ float maxima[WARPS], sums[WARPS], joined[WARPS][256];
   int row = blockIdx.x, head = blockIdx.y, lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   int slot = slots[row], last = positions[row], width = kv_heads * d, parts = d / 32;
+  int start = window > 0 ? max(0, last - window + 1) : 0;
   if (slot < 0) return;
   const T* keys = cache + (u64)slot * 2 * length * width + head / (gridDim.y / kv_heads) * d + lane;
   const T* values = keys + (u64)length * width;
@@ -34,7 +36,7 @@ extern "C" __global__ void decode_attention(const T* q, int ldq, T* out, int ldo
     query[e] = e < parts ? load(own[e * 32]) * scale : 0.f;
     sum[e] = 0.f;
   }
-  for (int first = warp * KEYS; first <= last; first += WARPS * KEYS) {
+  for (int first = start + warp * KEYS; first <= last; first += WARPS * KEYS) {
     float score[KEYS];
 #pragma unroll
     for (int k = 0; k < KEYS; k++) {
@@ -48,7 +50,10 @@ extern "C" __global__ void decode_attention(const T* q, int ldq, T* out, int ldo
     for (int i = 16; i > 0; i >>= 1)
 #pragma unroll
       for (int k = 0; k < KEYS; k++) score[k] += __shfl_xor_sync(~0u, score[k], i);
-    float top = m;
+    float top = m, slope;
+    if (softcap > 0.f)
+#pragma unroll
+      for (int k = 0; k < KEYS; k++) score[k] = softcapped(score[k], softcap, slope);
 #pragma unroll
     for (int k = 0; k < KEYS; k++) {
       if (first + k > last) score[k] = -INFINITY;
@@ -84,15 +89,18 @@ extern "C" __global__ void decode_attention(const T* q, int ldq, T* out, int ldo
   }
 }
 
-// ids[row] = index of the greatest logit, the lowest of equals. A block of 1,024 a row.
-extern "C" __global__ void argmax(const float* logits, int vocabulary, int* ids) {
+// ids[row] = index of the greatest logit, the lowest of equals; with a softcap c (not 0) of the logits
+// c tanh(l / c), among which there are more equals. A block of 1,024 a row.
+extern "C" __global__ void argmax(const float* logits, int vocabulary, float softcap, int* ids) {
   __shared__ float best[32];
   __shared__ int places[32];
   const float* row = logits + (u64)blockIdx.x * vocabulary;
   float top = -INFINITY;
   int place = 0x7fffffff;
-  for (int i = threadIdx.x; i < vocabulary; i += blockDim.x)
-    if (row[i] > top) top = row[i], place = i;
+  for (int i = threadIdx.x; i < vocabulary; i += blockDim.x) {
+    float x = softcap > 0.f ? softcap * tanhf(row[i] / softcap) : row[i];
+    if (x > top) top = x, place = i;
+  }
   for (int i = 16; i > 0; i >>= 1) {
     float other = __shfl_xor_sync(~0u, top, i);
     int there = __shfl_xor_sync(~0u, place, i);

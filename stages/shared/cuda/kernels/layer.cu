@@ -1,42 +1,68 @@
 // What a decoder layer does beside products and attention. A block or a grid stride a row;
 // `ld*` are row strides in elements, so that a buffer may carry LoRA columns behind its own.
 
-// y = x * rsqrt(mean(x^2) + eps) * w;  rstd keeps the root for the backward pass.
-extern "C" __global__ void rms_norm(const T* x, int ldx, const float* w, T* y, int ldy, float* rstd,
-                                    int width, float eps) {
-  const Pack* row = (const Pack*)(x + (u64)blockIdx.x * ldx);
-  Pack* out = (Pack*)(y + (u64)blockIdx.x * ldy);
+// rsqrt(mean(x^2) + eps) of the block's row, kept in `rstd` for the backward pass.
+__device__ __forceinline__ float root_of(const RPack* row, float* rstd, int width, float eps) {
   float sum = 0.f;
   for (int i = threadIdx.x; i < width / VECTOR; i += blockDim.x) {
-    Pack p = row[i];
+    RPack p = row[i];
     for (int j = 0; j < VECTOR; j++) sum += load(p.v[j]) * load(p.v[j]);
   }
   float r = rsqrtf(block_sum(sum) / width + eps);
   if (threadIdx.x == 0) rstd[blockIdx.x] = r;
+  return r;
+}
+
+// y = x * rsqrt(mean(x^2) + eps) * w
+extern "C" __global__ void rms_norm(const R* x, int ldx, const float* w, T* y, int ldy, float* rstd,
+                                    int width, float eps) {
+  const RPack* row = (const RPack*)(x + (u64)blockIdx.x * ldx);
+  Pack* out = (Pack*)(y + (u64)blockIdx.x * ldy);
+  float r = root_of(row, rstd, width, eps);
   for (int i = threadIdx.x; i < width / VECTOR; i += blockDim.x) {
-    Pack p = row[i], q;
+    RPack p = row[i];
+    Pack q;
     for (int j = 0; j < VECTOR; j++) q.v[j] = store(load(p.v[j]) * r * w[i * VECTOR + j]);
     out[i] = q;
   }
 }
 
-// dx += r * (g - x r * mean(g * x r)) with g = w * dy.
-extern "C" __global__ void rms_norm_backward(const T* x, int ldx, const float* w, const float* rstd,
-                                             const T* dy, int lddy, T* dx, int lddx, int width) {
-  const Pack* row = (const Pack*)(x + (u64)blockIdx.x * ldx);
+// y = residual + x * rsqrt(mean(x^2) + eps) * w: how the output of a block with a norm of its own joins the
+// residual stream (Gemma 2). All three in rows of `width`; y null: the root alone.
+extern "C" __global__ void rms_norm_add(const R* x, const float* w, const R* residual, R* y, float* rstd,
+                                        int width, float eps) {
+  u64 at = (u64)blockIdx.x * width;
+  const RPack *row = (const RPack*)(x + at), *before = (const RPack*)(residual + at);
+  RPack* out = (RPack*)(y + at);
+  float r = root_of(row, rstd, width, eps);
+  if (!y) return;
+  for (int i = threadIdx.x; i < width / VECTOR; i += blockDim.x) {
+    RPack p = row[i], q = before[i];
+    for (int j = 0; j < VECTOR; j++) put(q.v[j], load(q.v[j]) + load(p.v[j]) * r * w[i * VECTOR + j]);
+    out[i] = q;
+  }
+}
+
+// dx (+)= r * (g - x r * mean(g * x r)) with g = w * dy; overwritten unless `add`.
+extern "C" __global__ void rms_norm_backward(const R* x, int ldx, const float* w, const float* rstd,
+                                             const T* dy, int lddy, T* dx, int lddx, int width, int add) {
+  const RPack* row = (const RPack*)(x + (u64)blockIdx.x * ldx);
   const Pack* grad = (const Pack*)(dy + (u64)blockIdx.x * lddy);
   Pack* out = (Pack*)(dx + (u64)blockIdx.x * lddx);
   float r = rstd[blockIdx.x], dot = 0.f;
   for (int i = threadIdx.x; i < width / VECTOR; i += blockDim.x) {
-    Pack p = row[i], g = grad[i];
+    RPack p = row[i];
+    Pack g = grad[i];
     for (int j = 0; j < VECTOR; j++) dot += load(g.v[j]) * w[i * VECTOR + j] * load(p.v[j]) * r;
   }
   dot = block_sum(dot) / width;
   for (int i = threadIdx.x; i < width / VECTOR; i += blockDim.x) {
-    Pack p = row[i], g = grad[i], d = out[i];
+    RPack p = row[i];
+    Pack g = grad[i], d;
+    if (add) d = out[i];
     for (int j = 0; j < VECTOR; j++) {
       float own = r * (load(g.v[j]) * w[i * VECTOR + j] - load(p.v[j]) * r * dot);
-      d.v[j] = store(load(d.v[j]) + own);
+      d.v[j] = store(add ? load(d.v[j]) + own : own);
     }
     out[i] = d;
   }
@@ -99,17 +125,68 @@ extern "C" __global__ void swiglu_backward(const T* gate_up, int ldg, const T* d
   *(Pack*)(dgate_up + row * lddg + width + column) = du;
 }
 
-// out[i] = table[index[i]]: embedding lookup and the rows that reach the head.
-extern "C" __global__ void gather_rows(const T* table, int ldt, const int* index, T* out, int ldo,
-                                       int width) {
-  const Pack* from = (const Pack*)(table + (u64)index[blockIdx.x] * ldt);
-  Pack* to = (Pack*)(out + (u64)blockIdx.x * ldo);
-  for (int i = threadIdx.x; i < width / VECTOR; i += blockDim.x) to[i] = from[i];
+// y = gelu(gate) * up with gelu(x) = x/2 (1 + t), t = tanh(sqrt(2/pi) (x + 0.044715 x^3)) (Hendrycks and
+// Gimpel, 2016), laid out as for swiglu.
+#define GELU_ROOT 0.7978845608f
+#define GELU_CUBE 0.044715f
+extern "C" __global__ void geglu(const T* gate_up, int ldg, T* y, int ldy, int width, int rows) {
+  u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x;
+  int packs = width / VECTOR;
+  if (i >= (u64)rows * packs) return;
+  u64 row = i / packs, column = i % packs * VECTOR;
+  Pack g = *(const Pack*)(gate_up + row * ldg + column);
+  Pack u = *(const Pack*)(gate_up + row * ldg + width + column), q;
+  for (int j = 0; j < VECTOR; j++) {
+    float a = load(g.v[j]), t = TANH(GELU_ROOT * (a + GELU_CUBE * a * a * a));
+    q.v[j] = store(0.5f * a * (1.f + t) * load(u.v[j]));
+  }
+  *(Pack*)(y + row * ldy + column) = q;
 }
 
-// out[index[i]] = rows[i], indices distinct.
+// dgate = dy up/2 (1 + t + gate (1 - t^2) sqrt(2/pi) (1 + 3 * 0.044715 gate^2)), dup = dy gate/2 (1 + t).
+extern "C" __global__ void geglu_backward(const T* gate_up, int ldg, const T* dy, int lddy, T* dgate_up,
+                                          int lddg, int width, int rows) {
+  u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x;
+  int packs = width / VECTOR;
+  if (i >= (u64)rows * packs) return;
+  u64 row = i / packs, column = i % packs * VECTOR;
+  Pack g = *(const Pack*)(gate_up + row * ldg + column);
+  Pack u = *(const Pack*)(gate_up + row * ldg + width + column);
+  Pack d = *(const Pack*)(dy + row * lddy + column), dg, du;
+  for (int j = 0; j < VECTOR; j++) {
+    float a = load(g.v[j]), t = TANH(GELU_ROOT * (a + GELU_CUBE * a * a * a)), e = 0.5f * load(d.v[j]);
+    float slope = GELU_ROOT * (1.f + 3.f * GELU_CUBE * a * a);
+    dg.v[j] = store(e * load(u.v[j]) * (1.f + t + a * (1.f - t * t) * slope));
+    du.v[j] = store(e * a * (1.f + t));
+  }
+  *(Pack*)(dgate_up + row * lddg + column) = dg;
+  *(Pack*)(dgate_up + row * lddg + width + column) = du;
+}
+
+// out[i] = factor * table[index[i]]: the embeddings of tokens.
+extern "C" __global__ void embed_rows(const T* table, const int* index, R* out, float factor, int width) {
+  const Pack* from = (const Pack*)(table + (u64)index[blockIdx.x] * width);
+  RPack* to = (RPack*)(out + (u64)blockIdx.x * width);
+  for (int i = threadIdx.x; i < width / VECTOR; i += blockDim.x) {
+    Pack p = from[i];
+    RPack q;
+    for (int j = 0; j < VECTOR; j++) put(q.v[j], factor * load(p.v[j]));
+    to[i] = q;
+  }
+}
+
+// out[i] = in[index[i]]: the rows of the residual stream that reach the head. Zeros for index -1.
+extern "C" __global__ void gather_rows(const R* in, const int* index, R* out, int width) {
+  int place = index[blockIdx.x];
+  const RPack* from = (const RPack*)(in + (u64)max(place, 0) * width);
+  RPack* to = (RPack*)(out + (u64)blockIdx.x * width);
+  for (int i = threadIdx.x; i < width / VECTOR; i += blockDim.x) to[i] = place < 0 ? RPack{} : from[i];
+}
+
+// out[index[i]] = rows[i], indices distinct; nothing for index -1.
 extern "C" __global__ void scatter_rows(const T* rows, int ldr, const int* index, T* out, int ldo,
                                         int width) {
+  if (index[blockIdx.x] < 0) return;
   const Pack* from = (const Pack*)(rows + (u64)blockIdx.x * ldr);
   Pack* to = (Pack*)(out + (u64)index[blockIdx.x] * ldo);
   for (int i = threadIdx.x; i < width / VECTOR; i += blockDim.x) to[i] = from[i];

@@ -1,7 +1,14 @@
-// Cross-entropy of rows of logits, in place: loss = log(sum exp x) - x[t], and the logits become
-// scale * (softmax(x) - onehot(t)). A block a row; the row is read twice and written once.
-extern "C" __global__ void cross_entropy(T* logits, const int* targets, float* loss, int vocabulary,
-                                         float scale) {
+// Cross-entropy of rows of logits l, in place: loss = log(sum exp x) - x[t] with x = l, and the logits become
+// scale * (softmax(x) - onehot(t)). With a cap c, x = c tanh(l / c), and the gradient is times
+// 1 - tanh(l / c)^2. A block a row; the row is read twice and written once. A row with a negative target is
+// filling: no loss, and a gradient of zeros.
+template <bool CAPPED>
+__device__ __forceinline__ void cross_entropy_of(T* logits, const int* targets, float* loss, int vocabulary,
+                                                 const float* scales, float cap) {
+  auto value = [&](T logit) {
+    float slope;
+    return CAPPED ? softcapped(load(logit), cap, slope) : load(logit);
+  };
   __shared__ float maxima[32], sums[32];
   T* row = logits + (u64)blockIdx.x * vocabulary;
   int packs = vocabulary / VECTOR;
@@ -9,9 +16,10 @@ extern "C" __global__ void cross_entropy(T* logits, const int* targets, float* l
   for (int i = threadIdx.x; i < packs; i += blockDim.x) {
     Pack p = ((const Pack*)row)[i];
     float top = m;
-    for (int j = 0; j < VECTOR; j++) top = fmaxf(top, load(p.v[j]));
+    float x[VECTOR];
+    for (int j = 0; j < VECTOR; j++) top = fmaxf(top, x[j] = value(p.v[j]));
     s *= EXP(m - top);
-    for (int j = 0; j < VECTOR; j++) s += EXP(load(p.v[j]) - top);
+    for (int j = 0; j < VECTOR; j++) s += EXP(x[j] - top);
     m = top;
   }
   if (m == -INFINITY) s = 0.f;
@@ -29,18 +37,28 @@ extern "C" __global__ void cross_entropy(T* logits, const int* targets, float* l
   for (int i = 0; i < warps; i++)
     if (maxima[i] > -INFINITY) s += sums[i] * EXP(maxima[i] - m);
   int target = targets[blockIdx.x];
-  if (threadIdx.x == 0) loss[blockIdx.x] = logf(s) + m - load(row[target]);
+  float scale = target < 0 ? 0.f : *scales, factor = scale / s;
+  if (threadIdx.x == 0) loss[blockIdx.x] = target < 0 ? 0.f : logf(s) + m - value(row[target]);
   __syncthreads();
-  float factor = scale / s;
   for (int i = threadIdx.x; i < packs; i += blockDim.x) {
     Pack p = ((const Pack*)row)[i];
     for (int j = 0; j < VECTOR; j++) {
-      float g = EXP(load(p.v[j]) - m) * factor;
+      float x = load(p.v[j]), slope = 1.f;
+      if (CAPPED) x = softcapped(x, cap, slope);
+      float g = EXP(x - m) * factor;
       if (i * VECTOR + j == target) g -= scale;
-      p.v[j] = store(g);
+      p.v[j] = store(g * slope);
     }
     ((Pack*)row)[i] = p;
   }
+}
+extern "C" __global__ void cross_entropy(T* logits, const int* targets, float* loss, int vocabulary,
+                                         const float* scales) {
+  cross_entropy_of<false>(logits, targets, loss, vocabulary, scales, 0.f);
+}
+extern "C" __global__ void cross_entropy_capped(T* logits, const int* targets, float* loss, int vocabulary,
+                                                const float* scales, float cap) {
+  cross_entropy_of<true>(logits, targets, loss, vocabulary, scales, cap);
 }
 
 // total += sum of loss[0..count], in one order.

@@ -9,9 +9,12 @@ __device__ const float NF4[16] = {
 
 // Decodes rows of `cols` elements (a multiple of 8) to `out` with row stride `ld`. A warp reads 128
 // bytes and writes whole lines; a thread has four such loads under way. `scales` is map and nested,
-// or null where absmax is f32.
-extern "C" __global__ void nf4_decode(const u8* codes, const u8* absmax, const float* scales,
-                                      float offset, T* out, int cols, int ld, u64 count) {
+// or null where absmax is f32. ROUND: the weight's own type, to which bitsandbytes rounds before it converts
+// to the type of the product (1 bf16, 2 f16; 0 where it holds all values of T, or is T).
+template <int ROUND>
+__device__ __forceinline__ void decode(const u8* codes, const u8* absmax, const float* scales, float offset,
+                                       T* out, int cols, int ld, u64 count) {
+  auto rounded = [](float x) { return store(ROUND == 1 ? round_bf16(x) : ROUND == 2 ? round_f16(x) : x); };
   const float *map = scales, *nested = scales + 256;
   // A column of the table for each lane: lookups of a warp never meet in a bank.
   __shared__ float values[16 * 32];
@@ -38,8 +41,8 @@ extern "C" __global__ void nf4_decode(const u8* codes, const u8* absmax, const f
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       u32 byte = (packed[k] >> (8 * i)) & 255u;
-      decoded[2 * i] = store(value[(byte >> 4) * 32] * scale[k]);
-      decoded[2 * i + 1] = store(value[(byte & 15) * 32] * scale[k]);
+      decoded[2 * i] = rounded(value[(byte >> 4) * 32] * scale[k]);
+      decoded[2 * i + 1] = rounded(value[(byte & 15) * 32] * scale[k]);
     }
     u32 row = at / (u32)cols, column = at - row * (u32)cols;
     Pack* to = (Pack*)(out + (u64)row * ld + column);
@@ -47,6 +50,15 @@ extern "C" __global__ void nf4_decode(const u8* codes, const u8* absmax, const f
     for (int i = 0; i < 8 / VECTOR; i++) to[i] = ((Pack*)decoded)[i];
   }
 }
+
+#define NF4_DECODE(name, round)                                                                          \
+  extern "C" __global__ void name(const u8* codes, const u8* absmax, const float* scales, float offset,  \
+                                  T* out, int cols, int ld, u64 count) {                                 \
+    decode<round>(codes, absmax, scales, offset, out, cols, ld, count);                                  \
+  }
+NF4_DECODE(nf4_decode, 0)
+NF4_DECODE(nf4_decode_bf16, 1)
+NF4_DECODE(nf4_decode_f16, 2)
 
 // Random codes and scales for measurements: a hash of the index.
 __device__ __forceinline__ u64 mix(u64 x) {

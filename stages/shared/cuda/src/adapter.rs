@@ -178,6 +178,25 @@ impl Lora {
         device.read_f32(&flat, self.count)
     }
 
+    /// Replaces the gradient by one in that layout: for checks of the optimiser.
+    ///
+    /// # Errors
+    /// [`CudaError`].
+    pub fn write_gradient(&self, device: &Device, gradient: &[f32]) -> Result<(), CudaError> {
+        if gradient.len() != self.count {
+            let message = format!("{} values where the adapter has {}", gradient.len(), self.count);
+            return Err(CudaError::Input(message));
+        }
+        let flat = device.upload_f32(gradient)?;
+        let (from, gradients, table) = (flat.ptr(), self.gradients.ptr(), self.table.ptr());
+        let kernel = ("optimizer.cu", "to_gradients");
+        // SAFETY: the table was made for these buffers.
+        unsafe {
+            device.launch(kernel, [32, self.factors], 256, 0, args![from, gradients, table])?;
+        }
+        device.synchronize()
+    }
+
     /// The masters.
     ///
     /// # Errors

@@ -31,6 +31,7 @@ impl Plan {
     pub(crate) fn new(
         device: &Device,
         (heads, kv_heads, d): (usize, usize, usize),
+        softcaps: bool,
         capacity: usize,
     ) -> Result<Option<Self>, CudaError> {
         let least = match device.dtype {
@@ -42,6 +43,7 @@ impl Plan {
             return Ok(None);
         }
         device.head_dim.set(d);
+        device.softcaps.set(softcaps);
         let facts = |file, name| -> Result<Facts, CudaError> {
             let [rows, threads, shared, kernels] = device.facts(file, name)?.map(|v| v as usize);
             Ok(Facts { rows, threads, shared, is_split: kernels == 2 })
@@ -109,6 +111,12 @@ pub(crate) struct Attention {
     pub(crate) n: usize,
     /// Rows of the longest segment.
     pub(crate) longest: usize,
+    /// Of the products of queries and keys.
+    pub(crate) scale: f32,
+    /// Scores `s` become `c tanh(s / c)`; 0 for none.
+    pub(crate) softcap: f32,
+    /// Rows that a row sees, its own among them; `usize::MAX` for all before.
+    pub(crate) window: usize,
 }
 
 const FILE: &str = "attention_reference.cu";
@@ -126,9 +134,11 @@ impl Attention {
         [base, base + q * size, base + (q + kv) * size]
     }
 
-    /// Of the products of queries and keys.
-    pub(crate) fn scale(&self) -> f32 {
-        1.0 / (self.d as f32).sqrt()
+    /// Scale, softcap and window as the kernels take them. A window as long as the batch is none; that of
+    /// the longest segment would not do, since a recorded launch serves batches of other segments.
+    fn scores(&self) -> (f32, f32, i32) {
+        let window = if self.window < self.n { self.window as i32 } else { 0 };
+        (self.scale, self.softcap, window)
     }
 
     /// Writes `out` and `lse`.
@@ -140,7 +150,7 @@ impl Attention {
         let [ld, ldo, heads, kv_heads, n] =
             [self.ld, self.ldo, self.heads, self.kv_heads, self.n].map(|v| v as i32);
         let (out, lse, bounds, order) = (self.out, self.lse, self.bounds, self.orders[0]);
-        let (scale, softcap, window) = (self.scale(), 0.0f32, 0i32);
+        let (scale, softcap, window) = self.scores();
         // SAFETY: the caller's buffers.
         unsafe {
             device.launch(
@@ -175,7 +185,7 @@ impl Attention {
             [self.ld, self.ldo, lddo, ldd, self.heads, self.kv_heads, self.n, plan.splits]
                 .map(|v| v as i32);
         let Self { out, lse, bounds, orders: [_, rows, keys], .. } = *self;
-        let (scale, softcap, window) = (self.scale(), 0.0f32, 0i32);
+        let (scale, softcap, window) = self.scores();
         // SAFETY: the caller's buffers.
         unsafe {
             device.launch(
@@ -219,7 +229,8 @@ impl Attention {
         let [q, k, v] = self.parts(self.qkv, device.dtype.size());
         let [ld, ldo, heads, kv_heads, d, n] =
             [self.ld, self.ldo, self.heads, self.kv_heads, self.d, self.n].map(|v| v as i32);
-        let (out, lse, start, scale) = (self.out, self.lse, self.start, self.scale());
+        let (out, lse, start) = (self.out, self.lse, self.start);
+        let (scale, softcap, window) = self.scores();
         // SAFETY: the caller's buffers.
         unsafe {
             device.launch(
@@ -227,7 +238,10 @@ impl Attention {
                 [self.n, self.heads],
                 128,
                 shared(self.longest),
-                args![q, k, v, ld, out, ldo, lse, start, heads, kv_heads, d, scale, n],
+                args![
+                    q, k, v, ld, out, ldo, lse, start, heads, kv_heads, d, scale, softcap, window,
+                    n
+                ],
             )
         }
     }
@@ -246,7 +260,7 @@ impl Attention {
             [self.ld, self.ldo, lddo, ldd, self.heads, self.kv_heads, self.d, self.n]
                 .map(|v| v as i32);
         let Self { out, lse, start, stop, .. } = *self;
-        let scale = self.scale();
+        let (scale, softcap, window) = self.scores();
         let all = [self.n, self.heads];
         // SAFETY: the caller's buffers.
         unsafe {
@@ -259,7 +273,7 @@ impl Attention {
                 shared(self.longest),
                 args![
                     q, k, v, ld, dout, lddo, lse, delta, dq, ldd, start, heads, kv_heads, d, scale,
-                    n
+                    softcap, window, n
                 ],
             )?;
             device.launch(
@@ -269,7 +283,7 @@ impl Attention {
                 shared(2 * self.longest),
                 args![
                     q, k, v, ld, dout, lddo, lse, delta, dk, dv, ldd, stop, heads, kv_heads, d,
-                    scale, n
+                    scale, softcap, window, n
                 ],
             )
         }

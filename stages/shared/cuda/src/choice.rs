@@ -8,8 +8,8 @@ use crate::{CudaError, Device, Dtype};
 impl From<CudaError> for StageError {
     fn from(error: CudaError) -> Self {
         let fault = match &error {
-            CudaError::Library { .. } => Fault::Environment,
-            CudaError::Memory { .. } => Fault::Memory,
+            CudaError::Library { .. } | CudaError::Version { .. } => Fault::Environment,
+            CudaError::Memory { .. } | CudaError::HostMemory { .. } => Fault::Memory,
             CudaError::Input(_) => Fault::Input,
             _ => Fault::Internal,
         };
@@ -36,7 +36,11 @@ pub fn open(
         DeviceChoice::Auto => (0, false),
         DeviceChoice::Cuda(ordinal) => (ordinal, true),
     };
-    let wanted = if dtype == DtypeChoice::F32 { Dtype::F32 } else { Dtype::Bf16 };
+    let wanted = match dtype {
+        DtypeChoice::F32 => Dtype::F32,
+        DtypeChoice::F16 => Dtype::F16,
+        DtypeChoice::Auto | DtypeChoice::Bf16 => Dtype::Bf16,
+    };
     let gpu = match Device::open(ordinal, wanted) {
         Ok(gpu) => gpu,
         Err(error) if insists => return Err(error.into()),
@@ -50,12 +54,12 @@ pub fn open(
             return Ok(None);
         }
     };
-    if wanted == Dtype::F32 || gpu.has_bf16() {
+    if wanted != Dtype::Bf16 || gpu.has_bf16() {
         return Ok(Some(gpu));
     }
     if dtype == DtypeChoice::Bf16 {
         return Err(StageError::input(format!("{} has no bf16", gpu.name()))
-            .help("set `dtype: f32`, which is slower"));
+            .help("set `dtype: f16`, or `dtype: f32`, which is slower"));
     }
-    Ok(Some(Device::open(ordinal, Dtype::F32)?))
+    Ok(Some(Device::open(ordinal, Dtype::F16)?))
 }

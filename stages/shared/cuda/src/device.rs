@@ -13,6 +13,7 @@ use crate::CudaError;
 use crate::compile;
 use crate::gemm::Plans;
 use crate::profile::Profile;
+use crate::versions;
 
 /// Type of weights and activations; all arithmetic accumulates in f32.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -37,6 +38,30 @@ impl Dtype {
             Self::F32 => 0,
             Self::Bf16 => 1,
             Self::F16 => 2,
+        }
+    }
+
+    /// Type of the residual stream beside this one: f16 has too little range for it.
+    pub(crate) fn residual(self) -> Self {
+        if self == Self::F16 { Self::F32 } else { self }
+    }
+
+    /// `value` rounded to this type.
+    pub(crate) fn round(self, value: f32) -> f32 {
+        match self {
+            Self::F32 => value,
+            Self::Bf16 => half::bf16::from_f32(value).to_f32(),
+            Self::F16 => half::f16::from_f32(value).to_f32(),
+        }
+    }
+
+    /// The values of elements of this type.
+    pub fn decode(self, bytes: &[u8]) -> Vec<f32> {
+        let pairs = bytes.as_chunks::<2>().0.iter();
+        match self {
+            Self::F32 => bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
+            Self::Bf16 => pairs.map(|b| half::bf16::from_le_bytes(*b).to_f32()).collect(),
+            Self::F16 => pairs.map(|b| half::f16::from_le_bytes(*b).to_f32()).collect(),
         }
     }
 
@@ -83,15 +108,17 @@ pub struct Device {
     arch: String,
     /// Compute capability times ten.
     pub(crate) capability: u32,
-    /// Macro HEAD_DIM of the kernels.
+    /// Macros HEAD_DIM and SOFTCAP of the attention kernels.
     pub(crate) head_dim: Cell<usize>,
+    pub(crate) softcaps: Cell<bool>,
     /// Dynamic shared memory that each kernel has been allowed.
     allowed: RefCell<HashMap<&'static str, usize>>,
     modules: RefCell<HashMap<&'static str, sys::CUmodule>>,
     functions: RefCell<HashMap<&'static str, sys::CUfunction>>,
     pub(crate) blas: blas::cublasLtHandle_t,
     pub(crate) plans: Plans,
-    pub(crate) workspace: Cell<u64>,
+    /// Stream that work goes to now, and cuBLASLt's scratch for it.
+    current: Cell<(sys::CUstream, u64)>,
     memory: Rc<Memory>,
     profile: Profile,
 }
@@ -134,20 +161,10 @@ impl Device {
     /// Opens a GPU for work in `dtype`.
     ///
     /// # Errors
-    /// [`CudaError::Library`] where driver, NVRTC or cuBLASLt are missing.
+    /// [`CudaError::Library`] or [`CudaError::Version`] where driver, NVRTC or cuBLASLt are missing or
+    /// too old.
     pub fn open(ordinal: usize, dtype: Dtype) -> Result<Self, CudaError> {
-        // SAFETY: only looks for libraries.
-        unsafe {
-            for (library, present) in [
-                ("cuda", sys::is_culib_present()),
-                ("nvrtc", cudarc::nvrtc::sys::is_culib_present()),
-                ("cublasLt", blas::is_culib_present()),
-            ] {
-                if !present {
-                    return Err(CudaError::Library { library });
-                }
-            }
-        }
+        versions::check()?;
         let context = CudaContext::new(ordinal)?;
         let stream = context.new_stream()?;
         let (major, minor) = context.compute_capability()?;
@@ -160,18 +177,25 @@ impl Device {
             stream,
             dtype,
             head_dim: Cell::new(64),
+            softcaps: Cell::new(false),
             allowed: RefCell::default(),
             modules: RefCell::default(),
             functions: RefCell::default(),
             plans: Plans::default(),
-            workspace: Cell::new(0),
+            current: Cell::new((std::ptr::null_mut(), 0)),
             memory: Rc::default(),
             profile: Profile::default(),
         };
         // SAFETY: plain allocation, kept for the life of the process.
-        device.workspace.set(unsafe { result::malloc_sync(WORKSPACE as usize)? });
+        let workspace = unsafe { result::malloc_sync(WORKSPACE as usize)? };
+        device.current.set((device.stream.cu_stream(), workspace));
         device.memory.live.set(WORKSPACE);
         Ok(device)
+    }
+
+    /// The type that it works in.
+    pub fn dtype(&self) -> Dtype {
+        self.dtype
     }
 
     /// Whether this GPU multiplies bf16.
@@ -226,6 +250,11 @@ impl Device {
         self.alloc(count as u64 * self.dtype.size())
     }
 
+    /// Memory of `count` elements of the residual stream.
+    pub(crate) fn residual_elements(&self, count: usize) -> Result<Buffer, CudaError> {
+        self.alloc(count as u64 * self.dtype.residual().size())
+    }
+
     /// Memory holding zeros.
     pub(crate) fn zeros(&self, bytes: u64) -> Result<Buffer, CudaError> {
         let buffer = self.alloc(bytes)?;
@@ -265,10 +294,15 @@ impl Device {
     /// # Errors
     /// [`CudaError::Driver`].
     pub fn read(&self, from: &Buffer, bytes: usize) -> Result<Vec<u8>, CudaError> {
-        let mut data = vec![0u8; bytes.min(from.bytes as usize)];
-        // SAFETY: inside the buffer; synchronised before the vector is used.
+        self.read_at(from.ptr(), bytes.min(from.bytes as usize))
+    }
+
+    /// Copies bytes from a place on the device, after all work so far.
+    pub(crate) fn read_at(&self, from: u64, bytes: usize) -> Result<Vec<u8>, CudaError> {
+        let mut data = vec![0u8; bytes];
+        // SAFETY: the caller's range lies inside a buffer; synchronised before the vector is used.
         unsafe {
-            result::memcpy_dtoh_async(&mut data, from.ptr(), self.stream.cu_stream())?;
+            result::memcpy_dtoh_async(&mut data, from, self.stream.cu_stream())?;
         }
         self.stream.synchronize()?;
         Ok(data)
@@ -279,21 +313,20 @@ impl Device {
     /// # Errors
     /// [`CudaError::Driver`].
     pub fn read_f32(&self, from: &Buffer, count: usize) -> Result<Vec<f32>, CudaError> {
-        let bytes = self.read(from, count * 4)?;
-        Ok(bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect())
+        Ok(Dtype::F32.decode(&self.read(from, count * 4)?))
     }
 
     /// Fills with zero bytes.
     pub(crate) fn clear(&self, ptr: u64, bytes: u64) -> Result<(), CudaError> {
         // SAFETY: the caller's range lies inside a buffer.
-        unsafe { result::memset_d8_async(ptr, 0, bytes as usize, self.stream.cu_stream())? };
+        unsafe { result::memset_d8_async(ptr, 0, bytes as usize, self.cu_stream())? };
         Ok(())
     }
 
     /// Copies between places on the device.
     pub(crate) fn copy(&self, from: u64, to: u64, bytes: u64) -> Result<(), CudaError> {
         // SAFETY: the caller's ranges lie inside buffers and do not overlap.
-        unsafe { result::memcpy_dtod_async(to, from, bytes as usize, self.stream.cu_stream())? };
+        unsafe { result::memcpy_dtod_async(to, from, bytes as usize, self.cu_stream())? };
         Ok(())
     }
 
@@ -305,9 +338,27 @@ impl Device {
         Ok(self.stream.synchronize()?)
     }
 
-    /// The stream that all work goes to.
+    /// The stream that work goes to.
     pub(crate) fn cu_stream(&self) -> sys::CUstream {
-        self.stream.cu_stream()
+        self.current.get().0
+    }
+
+    /// Scratch of cuBLASLt on that stream.
+    pub(crate) fn workspace(&self) -> u64 {
+        self.current.get().1
+    }
+
+    /// Enqueues `work` on another stream with scratch of its own.
+    pub(crate) fn redirected(
+        &self,
+        stream: sys::CUstream,
+        workspace: u64,
+        work: impl FnOnce() -> Result<(), CudaError>,
+    ) -> Result<(), CudaError> {
+        let before = self.current.replace((stream, workspace));
+        let result = work();
+        self.current.set(before);
+        result
     }
 
     /// Bytes of memory that nothing uses.
@@ -333,6 +384,10 @@ impl Device {
         self.profile.start();
     }
 
+    pub(crate) fn is_profiling(&self) -> bool {
+        self.profile.is_on()
+    }
+
     /// Milliseconds and launches by class since [`Device::start_profile`].
     ///
     /// # Errors
@@ -347,7 +402,7 @@ impl Device {
         class: &'static str,
         work: impl FnOnce() -> Result<R, CudaError>,
     ) -> Result<R, CudaError> {
-        self.profile.span(class, self.stream.cu_stream(), work)
+        self.profile.span(class, self.cu_stream(), work)
     }
 
     fn module(&self, file: &'static str) -> Result<sys::CUmodule, CudaError> {
@@ -365,6 +420,7 @@ impl Device {
                 }
                 let defines = vec![
                     format!("-DHEAD_DIM={}", self.head_dim.get()),
+                    format!("-DSOFTCAP={}", u32::from(self.softcaps.get())),
                     format!("-DF16={}", u32::from(self.dtype == Dtype::F16)),
                 ];
                 (format!("{common}\n#line 1\n{text}"), defines)
@@ -436,7 +492,7 @@ impl Device {
         let function = self.function(file, name)?;
         self.allow_shared(name, function, shared)?;
         let grid = (grid[0] as u32, grid[1] as u32, 1);
-        let stream = self.stream.cu_stream();
+        let stream = self.cu_stream();
         self.timed(name, || {
             // SAFETY: the caller's promise.
             unsafe {

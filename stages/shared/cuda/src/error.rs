@@ -20,6 +20,22 @@ pub enum CudaError {
         /// Bytes free.
         free: u64,
     },
+    /// No memory left on the host that the device could read.
+    #[error("the host has no room for {wanted} bytes of pinned memory")]
+    HostMemory {
+        /// Bytes asked for.
+        wanted: u64,
+    },
+    /// A library that this program is too new for, or too old.
+    #[error("{library} is of CUDA {found}: {wanted} is needed")]
+    Version {
+        /// As in [`CudaError::Library`].
+        library: &'static str,
+        /// `major.minor` of what is there.
+        found: String,
+        /// What would do.
+        wanted: String,
+    },
     /// The driver refused.
     #[error("CUDA driver: {0}")]
     Driver(#[from] DriverError),
@@ -56,6 +72,17 @@ impl CudaError {
                 "install the CUDA toolkit 12.4 or newer, or PyPI's nvidia-cublas and nvidia-cuda-nvrtc, \
                  and name their folder in LD_LIBRARY_PATH",
             ),
+            Self::Version { library: "cuda", .. } => {
+                Some("update NVIDIA's driver, or set `device: cpu`")
+            }
+            Self::Version { .. } => Some(
+                "install the toolkit of the driver's CUDA version or older, or PyPI's nvidia-cublas and \
+                 nvidia-cuda-nvrtc (for CUDA 12: nvidia-cublas-cu12 and nvidia-cuda-nvrtc-cu12), and \
+                 name their folder in LD_LIBRARY_PATH",
+            ),
+            Self::HostMemory { .. } => {
+                Some("set `activations: recompute`, or free memory of the host")
+            }
             Self::Memory { .. } => Some("lower `batch_size`, or set `activations: recompute`"),
             _ => None,
         }

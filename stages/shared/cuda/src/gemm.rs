@@ -121,9 +121,9 @@ impl Device {
                     g.d.ptr as *mut c_void,
                     out,
                     &raw const plan.algo,
-                    self.workspace.get() as *mut c_void,
+                    self.workspace() as *mut c_void,
                     WORKSPACE as usize,
-                    self.stream.cu_stream().cast(),
+                    self.cu_stream().cast(),
                 )?;
             }
             Ok(())

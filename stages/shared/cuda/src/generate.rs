@@ -13,8 +13,9 @@ use crate::adapter::Lora;
 use crate::attention::Attention;
 use crate::device::{Buffer, Device, args};
 use crate::gemm::{Gemm, View};
+use crate::graph::Recorder;
 use crate::step::pass::{Pass, gather};
-use crate::step::{Batch, Step};
+use crate::step::{Batch, COLUMNS, Step};
 use crate::{CudaError, Frozen};
 
 /// Rows of a prefill, unless a prompt is longer.
@@ -67,7 +68,7 @@ impl Cache {
         let [ld, first, width, rows, length, kv_heads, d, ldo] =
             [a.ld, a.heads * a.d, width, b.n, self.length, a.kv_heads, a.d, a.ldo]
                 .map(|v| v as i32);
-        let (qkv, out, scale) = (a.qkv, a.out, a.scale());
+        let (qkv, out) = (a.qkv, a.out);
         // SAFETY: slots and positions lie inside the cache, which `Session` sees to.
         unsafe {
             let args = args![qkv, ld, first, width, slots, positions, cache, length, rows];
@@ -75,8 +76,12 @@ impl Cache {
             if !self.is_decoding {
                 return a.forward(device);
             }
-            let args =
-                args![qkv, ld, out, ldo, cache, slots, positions, kv_heads, d, length, scale];
+            let (scale, softcap) = (a.scale, a.softcap);
+            let window = if a.window < self.length { a.window as i32 } else { 0 };
+            let args = args![
+                qkv, ld, out, ldo, cache, slots, positions, kv_heads, d, length, scale, softcap,
+                window
+            ];
             device.launch((FILE, "decode_attention"), [b.n, a.heads], 128, 0, args)
         }
     }
@@ -100,13 +105,14 @@ struct Session<'a> {
     prefill: usize,
     step: Step,
     cache: Cache,
-    /// `[slots, hidden]`: last rows and their norms.
+    /// `[slots, hidden]`: last rows, in the type of the residual stream, and their norms.
     last: Buffer,
     normed: Buffer,
     roots: Buffer,
     /// `[slots, vocabulary]`, f32.
     logits: Buffer,
     ids: Buffer,
+    recorder: Recorder,
 }
 
 impl Generator {
@@ -193,11 +199,12 @@ impl<'a> Session<'a> {
             prefill,
             step: Step::forward_only(device, frozen, lora, prefill.max(slots), length)?,
             cache: Cache::new(device, frozen, slots, length)?,
-            last: device.elements(slots * hidden)?,
+            last: device.residual_elements(slots * hidden)?,
             normed: device.elements(slots * hidden)?,
             roots: device.alloc(slots as u64 * 4)?,
             logits: device.alloc((slots * vocabulary) as u64 * 4)?,
             ids: device.alloc(slots as u64 * 4)?,
+            recorder: Recorder::default(),
         })
     }
 
@@ -322,7 +329,7 @@ impl<'a> Session<'a> {
         &self,
         tokens: &[i32],
         bounds: &[i32],
-        change: impl FnOnce(&mut [Vec<i32>; 11]),
+        change: impl FnOnce(&mut [Vec<i32>; COLUMNS]),
     ) -> Result<Vec<u32>, CudaError> {
         let Generator { lora, frozen, device } = self.own;
         let targets = vec![-100; tokens.len()];
@@ -330,11 +337,24 @@ impl<'a> Session<'a> {
         let b = self.step.upload_with(device, batch, change)?;
         let cache = Some(&self.cache);
         let pass = Pass { step: &self.step, device, frozen, lora, b: &b, cache };
+        if self.cache.is_decoding {
+            // One shape a session, at addresses that stay.
+            self.recorder.run(device, [0; 5], || self.enqueue(&pass))?;
+        } else {
+            self.enqueue(&pass)?;
+        }
+        let bytes = device.read(&self.ids, self.slots * 4)?;
+        Ok(bytes.as_chunks::<4>().0.iter().map(|b| u32::from_le_bytes(*b)).collect())
+    }
+
+    /// All layers, and the greedy choice after each row named in column 4.
+    fn enqueue(&self, pass: &Pass<'_>) -> Result<(), CudaError> {
+        let Generator { frozen, device, .. } = self.own;
         pass.trunk()?;
         let c = &frozen.config;
         let (hidden, vocabulary, rows) = (c.hidden_size, c.vocab_size, self.slots);
         let out = self.step.residual(c.num_hidden_layers);
-        gather(device, (out, hidden), b.rows, self.last.ptr(), hidden, rows)?;
+        gather(device, (out, hidden), pass.b.rows, self.last.ptr(), rows)?;
         let normed = (self.normed.ptr(), hidden);
         pass.norm_rows(self.last.ptr(), frozen.norm.ptr(), normed, self.roots.ptr(), rows)?;
         let (x, head) = (View::new(normed.0, hidden), View::new(frozen.head(), hidden).t());
@@ -342,12 +362,12 @@ impl<'a> Session<'a> {
         let product = Gemm::new((rows, vocabulary, hidden), x, head, logits);
         device.gemm("gemm head", Gemm { f32_out: true, ..product })?;
         let (from, ids, columns) = (self.logits.ptr(), self.ids.ptr(), vocabulary as i32);
+        let softcap = c.variations.final_logit_softcapping.unwrap_or(0.0);
         // SAFETY: `rows` rows of logits and ids.
         unsafe {
-            device.launch((FILE, "argmax"), [rows, 1], 1024, 0, args![from, columns, ids])?;
+            let args = args![from, columns, softcap, ids];
+            device.launch((FILE, "argmax"), [rows, 1], 1024, 0, args)
         }
-        let bytes = device.read(&self.ids, rows * 4)?;
-        Ok(bytes.as_chunks::<4>().0.iter().map(|b| u32::from_le_bytes(*b)).collect())
     }
 }
 

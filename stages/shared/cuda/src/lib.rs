@@ -14,10 +14,17 @@ mod device;
 mod error;
 mod gemm;
 mod generate;
+mod graph;
+mod lane;
+mod nvml;
 mod optimizer;
 mod profile;
 mod staging;
 mod step;
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::print_stderr, reason = "tests")]
+mod tests;
+mod versions;
 mod weights;
 
 pub use adapter::Lora;

@@ -75,6 +75,10 @@ struct Scalars {
     root: f32,
     eps: f32,
     decay: f32,
+    rate: f32,
+    weight_decay: f32,
+    updates: i32,
+    unused: i32,
 }
 
 impl Optimizer {
@@ -124,14 +128,19 @@ impl Optimizer {
             root: second.sqrt() as f32,
             eps: self.settings.eps as f32,
             decay: (1.0 - learning_rate * self.settings.weight_decay) as f32,
+            rate: learning_rate as f32,
+            weight_decay: self.settings.weight_decay as f32,
+            updates: power,
+            unused: 0,
         }
     }
 
-    /// Lays out the gradient of the step and takes its global norm, for [`Optimizer::update`].
+    /// Lays out the gradient of the step, of which `scale` is a factor (of the loss, against the small
+    /// range of f16; else 1), and takes its global norm, for [`Optimizer::update`].
     ///
     /// # Errors
     /// [`CudaError::Driver`].
-    pub fn collect(&self, device: &Device, lora: &Lora) -> Result<(), CudaError> {
+    pub fn collect(&self, device: &Device, lora: &Lora, scale: f32) -> Result<(), CudaError> {
         lora.collect(device, self.gradient)?;
         let (g, partials, norm) = (self.gradient, self.partials.ptr(), self.norm.ptr());
         let blocks = lora.count.div_ceil(PARTIAL);
@@ -141,12 +150,13 @@ impl Optimizer {
             let kernel = (FILE, "square_partials");
             device.launch(kernel, [blocks, 1], 256, 0, args![g, count, partials])?;
             let kernel = (FILE, "clip_factor");
-            device.launch(kernel, [1, 1], 256, 0, args![partials, number, limit, norm])
+            device.launch(kernel, [1, 1], 256, 0, args![partials, number, limit, scale, norm])
         }
     }
 
-    /// Clips the gradient that was collected, updates the masters and their operands, and zeroes the
-    /// gradient.
+    /// Undoes the scale of the gradient that was collected, clips it, updates the masters and their
+    /// operands, and zeroes the gradient. Where the norm is not finite, which says that a scaled
+    /// gradient overflowed, the step is to be skipped by [`Lora::zero_grad`] in its place.
     ///
     /// # Errors
     /// [`CudaError::Driver`].
@@ -227,7 +237,8 @@ impl Optimizer {
         Ok(true)
     }
 
-    /// Global norm of the newest gradient, before clipping.
+    /// Global norm of the newest gradient without its scale, before clipping; not finite where an
+    /// element is not.
     ///
     /// # Errors
     /// [`CudaError::Driver`].

@@ -22,6 +22,11 @@ impl Profile {
         *self.spans.borrow_mut() = Some(Vec::new());
     }
 
+    /// Whether it collects.
+    pub(crate) fn is_on(&self) -> bool {
+        self.spans.borrow().is_some()
+    }
+
     /// Runs `work`, timed as `class` where collecting.
     pub(crate) fn span<R>(
         &self,
@@ -29,7 +34,7 @@ impl Profile {
         stream: sys::CUstream,
         work: impl FnOnce() -> Result<R, CudaError>,
     ) -> Result<R, CudaError> {
-        if self.spans.borrow().is_none() {
+        if !self.is_on() {
             return work();
         }
         let mark = || -> Result<sys::CUevent, CudaError> {

@@ -5,6 +5,9 @@
 //! `y = [x, u] [W, B]ᵀ`. Backward, the gradient carries `du = s dy B` and `dx = [dy, du] [W; A]`;
 //! `dB += dyᵀ u` and `dA += duᵀ x` go to f32 in the layout of the operands.
 
+mod ahead;
+mod head;
+mod offload;
 pub(crate) mod pass;
 
 use model::MicroBatch;
@@ -12,8 +15,11 @@ use model::MicroBatch;
 use crate::adapter::Lora;
 use crate::attention::Plan;
 use crate::device::{Buffer, Device};
+use crate::graph::Recorder;
 use crate::staging::Staging;
 use crate::{CudaError, Frozen};
+use ahead::Ahead;
+use offload::Offload;
 use pass::Pass;
 
 /// What a forward pass keeps for the backward one.
@@ -21,13 +27,22 @@ use pass::Pass;
 pub enum Activations {
     /// Everything: fastest.
     Keep,
-    /// The residual stream before each layer; the layer runs forward again: smallest.
+    /// The residual stream before each layer; the layer runs forward again: smaller.
     Recompute,
+    /// As [`Activations::Recompute`], with the residual stream in pinned memory of the host, copied
+    /// while the layers compute: smallest.
+    Offload,
 }
 
 /// Rows whose logits exist at once, at most; and at least where their memory is lent.
 const HEAD_ROWS: usize = 1024;
-const LEAST_HEAD_ROWS: usize = 256;
+const LEAST_HEAD_ROWS: usize = 512;
+/// Rows of the tiles of large products divide this.
+const HEAD_TILE: usize = 128;
+/// Rows that reach the head are filled up to a multiple of this, so that shapes repeat.
+const TARGET_ROWS: usize = 256;
+/// Columns of [`Step::integers`].
+pub(crate) const COLUMNS: usize = 12;
 
 /// Activations of one layer. `*_ld` in [`Step`] are the row strides.
 struct State {
@@ -36,12 +51,17 @@ struct State {
     qkv: Buffer,
     attended: Buffer,
     lse: Buffer,
+    /// Residual stream between the two blocks.
     middle: Buffer,
     middle_normed: Buffer,
     /// Gate and up, and after the backward pass their gradients.
     gate_up: Buffer,
     activated: Buffer,
-    roots: [Buffer; 2],
+    /// Outputs of attention and of the feed-forward block before their norms, where they have one, in
+    /// the type of the residual stream.
+    outputs: Option<[Buffer; 2]>,
+    /// Of the norms of the inputs of both blocks, then of their outputs.
+    roots: [Buffer; 4],
 }
 
 /// What buffers are for.
@@ -74,11 +94,14 @@ pub struct Step {
     head: HeadBuffers,
     cosines: Buffer,
     sines: Buffer,
-    /// Tokens, positions, segment starts and stops, target rows, targets: orders of tiles:
-    /// `[11, capacity]` i32.
+    /// Tokens, positions, segment starts and stops, target rows, targets, both bounds in pairs (two
+    /// columns), orders of tiles (three), bits of the loss's scale: `[COLUMNS, capacity]` i32.
     integers: Buffer,
     staging: Staging,
     total: Buffer,
+    offload: Option<Offload>,
+    ahead: Option<Ahead>,
+    recorder: Recorder,
 }
 
 /// Addresses of what the head works with. Where a layer runs forward again before its backward pass,
@@ -112,31 +135,34 @@ impl HeadBuffers {
     ) -> Result<Self, CudaError> {
         let size = device.dtype.size();
         let mut own = Vec::new();
-        let matrix = (capacity * c.hidden_size) as u64 * size;
-        let rows = match lent.filter(|s| s.activated.bytes() >= 4 * matrix) {
+        let count = (capacity * c.hidden_size) as u64;
+        let (matrix, wide) = (count * size, count * device.dtype.residual().size());
+        let rows = match lent.filter(|s| s.activated.bytes() >= 3 * matrix + wide) {
             Some(state) => state.activated.ptr(),
             None => {
-                own.push(device.alloc(4 * matrix)?);
+                own.push(device.alloc(3 * matrix + wide)?);
                 own[0].ptr()
             }
         };
+        // The same in every mode, so that results are: what would fit into the buffer that is lent.
         let row = c.vocab_size as u64 * size;
-        let room = lent.map_or(0, |s| s.gate_up.bytes() / row) as usize;
-        let (logits, chunk) = match lent.filter(|_| room >= LEAST_HEAD_ROWS.min(capacity)) {
-            Some(state) => (state.gate_up.ptr(), room.min(HEAD_ROWS)),
+        let room = (capacity as u64 * 2 * c.intermediate_size as u64 * size / row) as usize;
+        let whole_tiles = room / HEAD_TILE * HEAD_TILE;
+        let chunk = whole_tiles.clamp(LEAST_HEAD_ROWS, HEAD_ROWS).min(capacity);
+        let logits = match lent.filter(|s| s.gate_up.bytes() >= chunk as u64 * row) {
+            Some(state) => state.gate_up.ptr(),
             None => {
-                let chunk = HEAD_ROWS.min(capacity);
                 let buffer = device.alloc(chunk as u64 * row)?;
                 let ptr = buffer.ptr();
                 own.push(buffer);
-                (ptr, chunk)
+                ptr
             }
         };
         Ok(Self {
             rows,
-            normed: rows + matrix,
-            dnormed: rows + 2 * matrix,
-            drows: rows + 3 * matrix,
+            normed: rows + wide,
+            dnormed: rows + wide + matrix,
+            drows: rows + wide + 2 * matrix,
             roots: device.alloc(capacity as u64 * 4)?,
             logits,
             chunk,
@@ -160,6 +186,8 @@ pub(crate) struct Batch {
     pub(crate) labels: u64,
     bounds: u64,
     orders: [u64; 3],
+    /// Address of the loss's scale.
+    scale: u64,
 }
 
 impl Step {
@@ -201,30 +229,36 @@ impl Step {
         };
         let c = &frozen.config;
         let (heads, kv_heads, d) = (c.num_attention_heads, c.num_key_value_heads, c.head_dim);
-        let attention = Plan::new(device, (heads, kv_heads, d), capacity)?;
+        let softcaps = c.variations.attn_logit_softcapping.is_some();
+        let attention = Plan::new(device, (heads, kv_heads, d), softcaps, capacity)?;
         let groups = &lora.groups[0];
         let widths = groups.map(|g| g.width);
         let (q, out) = (groups[1].inputs, groups[0].outputs);
         let (hidden, ffn) = (c.hidden_size, c.intermediate_size);
         let matrix = |columns: usize| device.elements(capacity * columns);
+        let stream = || device.residual_elements(capacity * hidden);
         let floats = |count: usize| device.alloc(count as u64 * 4);
+        let output_norms = c.variations.output_norms;
+        let outputs = || Ok::<_, CudaError>([stream()?, stream()?]);
         let state = || -> Result<State, CudaError> {
             Ok(State {
                 normed: matrix(hidden + widths[0])?,
                 qkv: matrix(out)?,
                 attended: matrix(q + widths[1])?,
                 lse: floats(capacity * c.num_attention_heads)?,
-                middle: matrix(hidden)?,
+                middle: stream()?,
                 middle_normed: matrix(hidden + widths[2])?,
                 gate_up: matrix(2 * ffn + widths[2])?,
                 activated: matrix(ffn + widths[3])?,
-                roots: [floats(capacity)?, floats(capacity)?],
+                outputs: output_norms.then(outputs).transpose()?,
+                roots: [floats(capacity)?, floats(capacity)?, floats(capacity)?, floats(capacity)?],
             })
         };
         // What only a backward pass needs.
         let backward = |bytes: u64| device.alloc(if trains { bytes } else { 0 });
         let layers = if trains { c.num_hidden_layers } else { 1 };
         let kept = if activations == Activations::Keep { layers } else { 1 };
+        let streams = if activations == Activations::Offload { 2 } else { layers + 1 };
         let scratch = groups
             .iter()
             .map(|g| ((g.inputs + g.width) * g.outputs).max(g.inputs * (g.outputs + g.width)))
@@ -235,30 +269,45 @@ impl Step {
         let attention_scratch =
             attention.map_or(0, |plan| plan.scratch_bytes(kv_heads, d, capacity));
         let states: Vec<State> = (0..kept).map(|_| state()).collect::<Result<_, _>>()?;
-        let lent = (activations == Activations::Recompute).then_some(&states[0]);
+        let lent = (activations != Activations::Keep).then_some(&states[0]);
         let head = HeadBuffers::new(device, c, if trains { capacity } else { 0 }, lent)?;
         let rows = capacity as u64 * size;
         let widest = (widths[1].max(widths[3]) + hidden) as u64;
+        // Lends itself to the gradient of a block's output before its norm.
+        let dqkv = ((out + widths[0]) as u64).max(if output_norms { widest } else { 0 });
+        let residual: Vec<Buffer> = (0..streams).map(|_| stream()).collect::<Result<_, _>>()?;
+        let offload = match activations {
+            Activations::Offload => Some(Offload::new(device, layers, residual[0].bytes())?),
+            _ => None,
+        };
+        let scratch = device.elements(scratch)?;
+        let ahead = match purpose {
+            Purpose::Train(Activations::Keep) => Some(Ahead::new(device, &scratch)?),
+            _ => None,
+        };
         Ok(Self {
             activations,
             attention,
             capacity,
             widths,
             states,
-            residual: (0..=layers).map(|_| matrix(hidden)).collect::<Result<_, _>>()?,
+            residual,
             resident: Vec::new(),
-            scratch: device.elements(scratch)?,
+            scratch,
             dhidden: backward(rows * widest)?,
             dnormed: backward(rows * hidden.max(q) as u64)?,
             dactivated: backward(attention_scratch.max(rows * ffn as u64))?,
-            dqkv: backward(rows * (out + widths[0]) as u64)?,
+            dqkv: backward(rows * dqkv)?,
             delta: backward((capacity * c.num_attention_heads) as u64 * 4)?,
             head,
             cosines: device.upload_f32(&cosines)?,
             sines: device.upload_f32(&sines)?,
-            integers: device.alloc(capacity as u64 * 11 * 4)?,
-            staging: Staging::new(capacity * 11 * 4)?,
+            integers: device.alloc((capacity * COLUMNS * 4) as u64)?,
+            staging: Staging::new(capacity * COLUMNS * 4)?,
             total: device.zeros(8)?,
+            offload,
+            ahead,
+            recorder: Recorder::default(),
         })
     }
 
@@ -275,18 +324,32 @@ impl Step {
         batch: MicroBatch<'_>,
         scale: f32,
     ) -> Result<(), CudaError> {
-        let b = self.upload(device, batch)?;
+        let b = self.upload(device, batch, scale)?;
         let pass = Pass { step: self, device, frozen, lora, b: &b, cache: None };
+        // The copies of another stream, and launches that depend on the longest sequence.
+        if self.offload.is_some() || self.attention.is_none() {
+            return self.enqueue(&pass);
+        }
+        let shape = [b.n as u64, b.targets as u64];
+        let key = [shape[0], shape[1], frozen.embed.ptr(), lora.operand(0), 1];
+        self.recorder.run(device, key, || self.enqueue(&pass))
+    }
+
+    /// Forward and backward of a batch that is on the device.
+    fn enqueue(&self, pass: &Pass<'_>) -> Result<(), CudaError> {
         pass.trunk()?;
-        pass.head(Some(scale))?;
-        for layer in (0..frozen.config.num_hidden_layers).rev() {
+        pass.head(true)?;
+        for layer in (0..pass.frozen.config.num_hidden_layers).rev() {
+            if let Some(offload) = &self.offload {
+                offload.fetch_before(pass.device, layer, &self.residual)?;
+            }
             let state = self.state(layer);
-            if self.activations == Activations::Recompute {
+            if self.activations != Activations::Keep {
                 pass.forward(layer, state, false)?;
             }
             pass.backward(layer, state)?;
         }
-        Ok(())
+        pass.join()
     }
 
     /// Enqueues a forward pass alone and adds the sum of token losses to the total.
@@ -300,10 +363,11 @@ impl Step {
         lora: &Lora,
         batch: MicroBatch<'_>,
     ) -> Result<(), CudaError> {
-        let b = self.upload(device, batch)?;
+        let b = self.upload(device, batch, 0.0)?;
         let pass = Pass { step: self, device, frozen, lora, b: &b, cache: None };
         pass.trunk()?;
-        pass.head(None)
+        pass.head(false)?;
+        pass.settle()
     }
 
     /// Sum of token losses since the last call, after all work so far.
@@ -331,8 +395,18 @@ impl Step {
         &self.states[layer.min(self.states.len() - 1)]
     }
 
-    fn upload(&self, device: &Device, batch: MicroBatch<'_>) -> Result<Batch, CudaError> {
-        self.upload_with(device, batch, |_| ())
+    fn upload(
+        &self,
+        device: &Device,
+        batch: MicroBatch<'_>,
+        scale: f32,
+    ) -> Result<Batch, CudaError> {
+        self.upload_with(device, batch, |columns| {
+            let rows = columns[4].len().next_multiple_of(TARGET_ROWS).min(self.capacity);
+            columns[4].resize(rows, -1);
+            columns[5].resize(rows, -1);
+            columns[11] = vec![scale.to_bits().cast_signed()];
+        })
     }
 
     /// Puts a batch on the device after `change` has seen the columns of [`Step::integers`].
@@ -340,14 +414,14 @@ impl Step {
         &self,
         device: &Device,
         batch: MicroBatch<'_>,
-        change: impl FnOnce(&mut [Vec<i32>; 11]),
+        change: impl FnOnce(&mut [Vec<i32>; COLUMNS]),
     ) -> Result<Batch, CudaError> {
         let n = batch.tokens.len();
         if n > self.capacity || n != batch.targets.len() || n == 0 {
             let message = format!("a batch of {n} tokens where {} fit", self.capacity);
             return Err(CudaError::Input(message));
         }
-        let mut columns: [Vec<i32>; 11] = Default::default();
+        let mut columns: [Vec<i32>; COLUMNS] = Default::default();
         columns[0].extend(batch.tokens);
         let mut longest = 0;
         for bounds in batch.cu_seqlens.windows(2) {
@@ -362,7 +436,6 @@ impl Step {
             columns[4].push(row as i32);
             columns[5].push(*target);
         }
-        let targets = columns[4].len();
         // A column and the next: pairs.
         let pairs: Vec<i32> =
             columns[2].iter().zip(&columns[3]).flat_map(|(a, b)| [*a, *b]).collect();
@@ -372,6 +445,7 @@ impl Step {
             [columns[8], columns[9], columns[10]] = plan.orders(&columns[2], &columns[3]);
         }
         change(&mut columns);
+        let targets = columns[4].len();
         self.staging.send(device, self.integers.ptr(), |bytes| {
             for (column, to) in columns.iter().zip(bytes.chunks_exact_mut(self.capacity * 4)) {
                 for (value, to) in column.iter().zip(to.chunks_exact_mut(4)) {
@@ -392,6 +466,7 @@ impl Step {
             labels: column(5),
             bounds: column(6),
             orders: [column(8), column(9), column(10)],
+            scale: column(11),
         })
     }
 }

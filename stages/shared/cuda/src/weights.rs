@@ -22,6 +22,8 @@ pub enum Linear {
         absmax: Buffer,
         /// With double quantisation.
         nested: Option<Nested>,
+        /// Kernel that decodes it: rounded to the weight's own type, then to the device's.
+        kernel: &'static str,
     },
 }
 
@@ -35,7 +37,9 @@ pub struct Nested {
 
 struct Layer {
     input_norm: Buffer,
-    post_norm: Buffer,
+    feed_forward_norm: Buffer,
+    /// Of the outputs of attention and of the feed-forward block, where the family has them.
+    output_norms: Option<[Buffer; 2]>,
     linears: Vec<Linear>,
     /// Of q, k and v side by side.
     bias: Option<Buffer>,
@@ -77,11 +81,13 @@ fn shape(c: &ModelConfig, projection: usize) -> (usize, usize) {
 }
 
 impl Linear {
-    /// A weight on the device. It stays in four bits where decoding there gives the bits that
-    /// decoding here would.
-    fn upload(device: &Device, weight: LinearWeight) -> Result<Self, CudaError> {
+    /// A weight on the device. It stays in four bits where the kernel handles its blocks, and gives the
+    /// bits that decoding here would: those of bitsandbytes, which rounds to the weight's own type and
+    /// then to that of the product (its `compute_dtype`).
+    pub(crate) fn upload(device: &Device, weight: LinearWeight) -> Result<Self, CudaError> {
         match weight {
-            LinearWeight::Nf4(weight) if decodes_on(device, &weight) => {
+            LinearWeight::Nf4(weight) if has_blocks_of_kernel(&weight) => {
+                let kernel = decoder(device.dtype, weight.dtype());
                 let codes = device.upload(weight.packed())?;
                 let (absmax, nested) = match weight.absmax() {
                     Absmax::Plain(scales) => (device.upload_f32(scales)?, None),
@@ -92,25 +98,30 @@ impl Linear {
                         (device.upload(&n.codes)?, Some(nested))
                     }
                 };
-                Ok(Self::Nf4 { codes, absmax, nested })
+                Ok(Self::Nf4 { codes, absmax, nested, kernel })
             }
             other => Ok(Self::Plain(device.upload(&device.dtype.encode(&other.into_f32()))?)),
         }
     }
 }
 
-/// Whether the kernel handles the blocks of this weight, and rounds as the weight asks.
-fn decodes_on(device: &Device, weight: &Nf4) -> bool {
-    let rounds_alike = match weight.dtype() {
-        FloatType::F32 => true,
-        FloatType::Bf16 => device.dtype == Dtype::Bf16,
-        FloatType::F16 => false,
-    };
+/// The kernel of `nf4.cu` for a weight whose own type is `own`. Rounding twice to one type is rounding
+/// once.
+fn decoder(device: Dtype, own: FloatType) -> &'static str {
+    match (own, device) {
+        (FloatType::Bf16, Dtype::F32 | Dtype::F16) => "nf4_decode_bf16",
+        (FloatType::F16, Dtype::F32 | Dtype::Bf16) => "nf4_decode_f16",
+        _ => "nf4_decode",
+    }
+}
+
+/// Whether the kernel handles the blocks of this weight.
+fn has_blocks_of_kernel(weight: &Nf4) -> bool {
     let nested = match weight.absmax() {
         Absmax::Plain(_) => true,
         Absmax::Nested(nested) => nested.block_size == 256,
     };
-    rounds_alike && nested && weight.block_size() == 64 && weight.shape()[1].is_multiple_of(8)
+    nested && weight.block_size() == 64 && weight.shape()[1].is_multiple_of(8)
 }
 
 impl Frozen {
@@ -122,17 +133,17 @@ impl Frozen {
         let wrong = |e: checkpoint::CheckpointError| CudaError::Input(e.to_string());
         let folder = ModelFolder::open(folder).map_err(wrong)?;
         let config = ModelConfig::read(&folder).map_err(wrong)?;
-        if config.variations != Variations::default() {
-            return Err(CudaError::Input(format!(
-                "models of the family {:?} are computed on the CPU alone so far: set `device: cpu`",
-                config.family
-            )));
-        }
         let weights = Weights::open(&folder, &config).map_err(wrong)?;
         let load = |name: &str, shape: &[usize]| weights.load(name, shape).map_err(wrong);
         let plain =
             |name: &str, shape: &[usize]| device.upload(&device.dtype.encode(&load(name, shape)?));
-        let norm = |name: &str| device.upload_f32(&load(name, &[config.hidden_size])?);
+        let Variations { output_norms, norm_offset, .. } = config.variations;
+        let norm = |name: &str| {
+            let mut weight = load(&format!("{name}.weight"), &[config.hidden_size])?;
+            weight.iter_mut().for_each(|w| *w += norm_offset);
+            device.upload_f32(&weight)
+        };
+        let before_feed_forward = if output_norms { "pre_feedforward" } else { "post_attention" };
         let mut layers = Vec::new();
         for layer in 0..config.num_hidden_layers {
             let prefix = format!("model.layers.{layer}");
@@ -148,9 +159,13 @@ impl Frozen {
                 }
             }
             let bias = (!bias.is_empty()).then(|| device.upload(&device.dtype.encode(&bias)));
+            let norm = |name: &str| norm(&format!("{prefix}.{name}_layernorm"));
+            let outputs =
+                || Ok::<_, CudaError>([norm("post_attention")?, norm("post_feedforward")?]);
             layers.push(Layer {
-                input_norm: norm(&format!("{prefix}.input_layernorm.weight"))?,
-                post_norm: norm(&format!("{prefix}.post_attention_layernorm.weight"))?,
+                input_norm: norm("input")?,
+                feed_forward_norm: norm(before_feed_forward)?,
+                output_norms: output_norms.then(outputs).transpose()?,
                 linears,
                 bias: bias.transpose()?,
             });
@@ -160,7 +175,7 @@ impl Frozen {
         Ok(Self {
             embed: plain("model.embed_tokens.weight", &table)?,
             head: untied.then(|| plain("lm_head.weight", &table)).transpose()?,
-            norm: norm("model.norm.weight")?,
+            norm: norm("model.norm")?,
             layers,
             config,
         })
@@ -190,12 +205,18 @@ impl Frozen {
                 scales.resize(256 + blocks.div_ceil(256), 0.1 * scale);
                 let map_and_scales = device.upload_f32(&scales)?;
                 let nested = Some(Nested { map_and_scales, offset: scale });
-                linears.push(Linear::Nf4 { codes, absmax, nested });
+                linears.push(Linear::Nf4 { codes, absmax, nested, kernel: "nf4_decode" });
             }
             let width = shape(&config, 0).1 + 2 * shape(&config, 1).1;
             let bias = config.qkv_bias.then(|| device.zeros(width as u64 * device.dtype.size()));
-            let (input_norm, post_norm) = (ones()?, ones()?);
-            layers.push(Layer { input_norm, post_norm, linears, bias: bias.transpose()? });
+            let outputs = || Ok::<_, CudaError>([ones()?, ones()?]);
+            layers.push(Layer {
+                input_norm: ones()?,
+                feed_forward_norm: ones()?,
+                output_norms: config.variations.output_norms.then(outputs).transpose()?,
+                linears,
+                bias: bias.transpose()?,
+            });
         }
         let count = config.vocab_size * config.hidden_size;
         let embed = device.elements(count)?;
@@ -221,8 +242,13 @@ impl Frozen {
         self.layers[layer].input_norm.ptr()
     }
 
-    pub(crate) fn post_norm(&self, layer: usize) -> u64 {
-        self.layers[layer].post_norm.ptr()
+    pub(crate) fn feed_forward_norm(&self, layer: usize) -> u64 {
+        self.layers[layer].feed_forward_norm.ptr()
+    }
+
+    /// Norm of the output of attention (0) or of the feed-forward block (1), where there is one.
+    pub(crate) fn output_norm(&self, layer: usize, block: usize) -> Option<u64> {
+        self.layers[layer].output_norms.as_ref().map(|norms| norms[block].ptr())
     }
 
     /// Bias of a group's outputs, 0 for none.
@@ -281,35 +307,39 @@ impl Frozen {
         ld: usize,
     ) -> Result<(), CudaError> {
         for projection in (0..NAMES.len()).filter(|p| crate::adapter::GROUP_OF[*p] == group) {
-            let (inputs, outputs) = shape(&self.config, projection);
+            let shape = shape(&self.config, projection);
             let row = first_row(&self.config, projection);
             let to = scratch + (row * ld) as u64 * device.dtype.size();
-            match &self.layers[layer].linears[projection] {
-                Linear::Plain(weight) => {
-                    copy_columns(device, (weight.ptr(), inputs), (to, ld), inputs, outputs)?;
-                }
-                Linear::Nf4 { codes, absmax, nested } => {
-                    let (codes, absmax) = (codes.ptr(), absmax.ptr());
-                    let scales = nested.as_ref().map_or(0, |n| n.map_and_scales.ptr());
-                    let offset = nested.as_ref().map_or(0.0, |n| n.offset);
-                    let (columns, ld) = (inputs as i32, ld as i32);
-                    let count = (inputs * outputs) as u64;
-                    let grid = [(inputs * outputs).div_ceil(4 * 8 * 256), 1];
-                    // SAFETY: the buffers hold a matrix of this shape; scratch holds the operand.
-                    unsafe {
-                        device.launch(
-                            ("nf4.cu", "nf4_decode"),
-                            grid,
-                            256,
-                            0,
-                            args![codes, absmax, scales, offset, to, columns, ld, count],
-                        )?;
-                    }
-                }
-            }
+            let linear = &self.layers[layer].linears[projection];
+            decode_linear(device, linear, shape, to, ld)?;
         }
         Ok(())
     }
+}
+
+/// Writes a weight of `(in, out)` features to rows of stride `ld`.
+pub(crate) fn decode_linear(
+    device: &Device,
+    linear: &Linear,
+    (inputs, outputs): (usize, usize),
+    to: u64,
+    ld: usize,
+) -> Result<(), CudaError> {
+    let (codes, absmax, nested, kernel) = match linear {
+        Linear::Plain(weight) => {
+            return copy_columns(device, (weight.ptr(), inputs), (to, ld), inputs, outputs);
+        }
+        Linear::Nf4 { codes, absmax, nested, kernel } => {
+            (codes.ptr(), absmax.ptr(), nested, kernel)
+        }
+    };
+    let scales = nested.as_ref().map_or(0, |n| n.map_and_scales.ptr());
+    let offset = nested.as_ref().map_or(0.0, |n| n.offset);
+    let (columns, ld, count) = (inputs as i32, ld as i32, (inputs * outputs) as u64);
+    let grid = [(inputs * outputs).div_ceil(4 * 8 * 256), 1];
+    let args = args![codes, absmax, scales, offset, to, columns, ld, count];
+    // SAFETY: the buffers hold a matrix of this shape; the caller's rows hold it decoded.
+    unsafe { device.launch(("nf4.cu", kernel), grid, 256, 0, args) }
 }
 
 fn random_bytes(device: &Device, seed: u64, count: usize) -> Result<Buffer, CudaError> {

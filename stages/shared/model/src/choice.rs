@@ -1,10 +1,12 @@
 //! Params of the stages that compute: where, and in which arithmetic.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// Where to compute: `auto`, `cpu`, `cuda` or `cuda:N`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(try_from = "String", into = "String")]
+#[schemars(extend("pattern" = "^(auto|cpu|cuda(:[0-9]+)?)$", "examples" = ["auto", "cpu", "cuda"]))]
 pub enum DeviceChoice {
     /// The best device there is.
     Auto,
@@ -43,13 +45,15 @@ impl From<DeviceChoice> for String {
 }
 
 /// Arithmetic of activations.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum DtypeChoice {
-    /// The device's best: f32 on a CPU, bf16 on a GPU.
+    /// The device's best: f32 on a CPU, bf16 on a GPU that has it, else f16.
     Auto,
     /// Single precision.
     F32,
     /// bfloat16, with masters of an adapter in training in f32.
     Bf16,
+    /// 16-bit floats, with the residual stream and masters in f32, and a loss that is scaled.
+    F16,
 }

@@ -5,6 +5,7 @@ use std::borrow::Cow;
 use checkpoint::ModelConfig;
 use kernels::dropout::mix;
 use rayon::prelude::*;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::adapter::{Adapter, Factor, LoraConfig};
@@ -12,7 +13,7 @@ use crate::svd::Singular;
 use crate::{Model, ModelError};
 
 /// How a new adapter starts.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Init {
     /// A uniform, B zero: PEFT's default.

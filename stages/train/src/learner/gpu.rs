@@ -6,10 +6,13 @@ use std::time::Instant;
 
 use checkpoint::{ModelConfig, ModelFolder};
 use contract::{Reporter, StageError};
-use cuda::{Activations, AdamSettings, CudaError, Device as Gpu, Frozen, Lora, Optimizer, Step};
+use cuda::{
+    Activations, AdamSettings, CudaError, Device as Gpu, Dtype, Frozen, Lora, Optimizer, Step,
+};
 use model::{Adapter, DropoutKey, Loss, MicroBatch, Model};
 use serde_json::Value;
 
+use super::scaler::LossScaler;
 use super::{DecoderLearner, Learner, start};
 use crate::optimizer::{OptimizerKind, dynamic_maps};
 use crate::params::{self, Params};
@@ -21,6 +24,7 @@ pub(crate) struct CudaLearner {
     config: ModelConfig,
     activations: params::Activations,
     settings: AdamSettings,
+    scaler: LossScaler,
     prepared: Option<Prepared>,
     lora: Lora,
     frozen: Frozen,
@@ -70,7 +74,9 @@ impl CudaLearner {
             clip: params.max_grad_norm,
         };
         let activations = params.activations;
-        Ok(Self { adapter, config, activations, settings, prepared: None, lora, frozen, gpu })
+        let scaler = LossScaler::new(gpu.dtype() == Dtype::F16);
+        let prepared = None;
+        Ok(Self { adapter, config, activations, settings, scaler, prepared, lora, frozen, gpu })
     }
 
     /// Buffers and states for micro-batches of that size.
@@ -108,7 +114,10 @@ fn ways(choice: params::Activations, batch: usize, row: usize) -> Vec<(Activatio
     let activations: &[Activations] = match choice {
         params::Activations::Keep => &[Activations::Keep],
         params::Activations::Recompute => &[Activations::Recompute],
-        params::Activations::Auto => &[Activations::Keep, Activations::Recompute],
+        params::Activations::Offload => &[Activations::Offload],
+        params::Activations::Auto => {
+            &[Activations::Keep, Activations::Recompute, Activations::Offload]
+        }
     };
     let mut ways = Vec::new();
     for activations in activations {
@@ -126,6 +135,7 @@ fn name(activations: Activations) -> &'static str {
     match activations {
         Activations::Keep => "keep",
         Activations::Recompute => "recompute",
+        Activations::Offload => "offload",
     }
 }
 
@@ -165,6 +175,7 @@ impl DecoderLearner for CudaLearner {
 
     fn choices(&self) -> Vec<(&'static str, Value)> {
         let mut choices = vec![("peak_device_bytes", self.gpu.peak_bytes().into())];
+        choices.extend(self.gpu.nvml_bytes().map(|bytes| ("nvml_device_bytes", bytes.into())));
         if let Some(prepared) = &self.prepared {
             choices.push(("activations", name(prepared.activations).into()));
             choices.push(("micro_batch_tokens", prepared.capacity.into()));
@@ -207,12 +218,14 @@ impl Learner for CudaLearner {
         let seconds = self.rehearse(prepared, row)?;
         let gib = |bytes: u64| bytes as f64 / f64::from(1u32 << 30);
         let rate = prepared.capacity as f64 / seconds;
+        let whole = self.gpu.nvml_bytes().map(|b| format!(" (NVML: {:.2} GiB)", gib(b)));
         reporter.log(format!(
-            "{}: training takes {:.2} GiB of {:.1} GiB; activations: {}, {} tokens at once, \
+            "{}: training takes {:.2} GiB of {:.1} GiB{}; activations: {}, {} tokens at once, \
              about {rate:.0} tok/s",
             self.gpu.name(),
             gib(self.gpu.peak_bytes()),
             gib(self.gpu.total_bytes()?),
+            whole.unwrap_or_default(),
             name(prepared.activations),
             prepared.capacity,
         ));
@@ -226,6 +239,7 @@ impl Learner for CudaLearner {
         _dropout: DropoutKey,
     ) -> Result<(), StageError> {
         let prepared = self.prepared()?;
+        let scale = scale * self.scaler.scale();
         Ok(split(batch, prepared.capacity, |part| {
             prepared.step.run(&self.gpu, &self.frozen, &self.lora, part, scale)
         })?)
@@ -233,12 +247,21 @@ impl Learner for CudaLearner {
 
     fn gradient(&mut self) -> Result<(f64, f64), StageError> {
         let Prepared { step, optimizer, .. } = self.prepared()?;
-        optimizer.collect(&self.gpu, &self.lora)?;
+        optimizer.collect(&self.gpu, &self.lora, self.scaler.scale())?;
         let loss = step.take_loss(&self.gpu)?;
         Ok((loss, f64::from(optimizer.read_norm(&self.gpu)?)))
     }
 
+    fn overflowed(&mut self) -> Result<bool, StageError> {
+        let is_skipped = self.scaler.backs_off();
+        if is_skipped {
+            self.lora.zero_grad(&self.gpu)?;
+        }
+        Ok(is_skipped)
+    }
+
     fn update(&mut self, learning_rate: f64) -> Result<(), StageError> {
+        self.scaler.succeeded();
         let Some(prepared) = &mut self.prepared else { return Ok(()) };
         Ok(prepared.optimizer.update(&self.gpu, &self.lora, learning_rate)?)
     }
@@ -261,6 +284,7 @@ impl Learner for CudaLearner {
         let values = self.values()?;
         out.extend((values.len() as u64).to_le_bytes());
         out.extend(values.iter().flat_map(|v| v.to_le_bytes()));
+        self.scaler.write(out);
         Ok(self.prepared()?.optimizer.write(&self.gpu, out)?)
     }
 
@@ -270,11 +294,12 @@ impl Learner for CudaLearner {
             return Ok(false);
         };
         let Some(prepared) = &mut self.prepared else { return Ok(false) };
-        if crate::optimizer::read_f32(&mut values, &mut rest).is_none()
-            || !prepared.optimizer.read(&self.gpu, rest)?
-        {
+        let Some(()) = crate::optimizer::read_f32(&mut values, &mut rest) else { return Ok(false) };
+        let Some((scaler, rest)) = self.scaler.read(rest) else { return Ok(false) };
+        if !prepared.optimizer.read(&self.gpu, rest)? {
             return Ok(false);
         }
+        self.scaler = scaler;
         self.lora.write_values(&self.gpu, &values)?;
         Ok(true)
     }
@@ -307,7 +332,7 @@ mod tests {
 
     #[test]
     fn what_is_smaller_comes_after_what_is_faster() {
-        use Activations::{Keep, Recompute};
+        use Activations::{Keep, Offload, Recompute};
         let ways = ways(params::Activations::Auto, 5000, 2048);
         let expected = [
             (Keep, 5000),
@@ -316,6 +341,9 @@ mod tests {
             (Recompute, 5000),
             (Recompute, 2500),
             (Recompute, 2048),
+            (Offload, 5000),
+            (Offload, 2500),
+            (Offload, 2048),
         ];
         assert_eq!(ways, expected);
     }

@@ -10,6 +10,7 @@ mod eight_bit;
 use std::ops::Range;
 
 use rayon::prelude::*;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use eight_bit::BlockStates;
@@ -20,7 +21,7 @@ const CHUNK: usize = 16 * 1024;
 const LEAST_QUANTISED: usize = 4096;
 
 /// Which AdamW.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum OptimizerKind {
     /// `torch.optim.AdamW`: decays before the update.

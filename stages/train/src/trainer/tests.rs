@@ -81,7 +81,7 @@ impl HostModel for Parabola {
 }
 
 /// Eleven rows of three to six tokens between 0 and 6.
-fn rows() -> PackedRows {
+pub(super) fn rows() -> PackedRows {
     let mut file = TokenFile { cu_seqlens: vec![0], row_offsets: vec![0], ..TokenFile::default() };
     for row in 0..11 {
         let length = 3 + row % 4;
@@ -93,7 +93,7 @@ fn rows() -> PackedRows {
     PackedRows::new(file)
 }
 
-fn params(extra: Value) -> Params {
+pub(super) fn params(extra: Value) -> Params {
     let mut all = json!({
         "max_steps": 17, "learning_rate": 0.1, "warmup_steps": 2, "eval_steps": 4,
         "checkpoint_steps": 3, "select": "best", "gradient_accumulation": 3,
@@ -103,7 +103,7 @@ fn params(extra: Value) -> Params {
     Params::parse(&all).unwrap()
 }
 
-fn checkpoints(own: &Path, earlier: &[&Path]) -> Checkpoints {
+pub(super) fn checkpoints(own: &Path, earlier: &[&Path]) -> Checkpoints {
     Checkpoints::of(&Request {
         protocol: contract::PROTOCOL,
         stage: "train".to_owned(),

@@ -1,8 +1,8 @@
 //! Shapes of known models.
 
-use checkpoint::{Family, ModelConfig, Variations};
+use checkpoint::{Activation, Family, ModelConfig, Variations};
 
-/// `qwen2.5-3b`, else SmolLM2-135M.
+/// `qwen2.5-3b`, `gemma-2-2b`, else SmolLM2-135M.
 pub(crate) fn shape(name: &str) -> ModelConfig {
     let qwen = ModelConfig {
         family: Family::Qwen2,
@@ -22,6 +22,30 @@ pub(crate) fn shape(name: &str) -> ModelConfig {
     };
     match name {
         "qwen2.5-3b" => qwen,
+        "gemma-2-2b" => ModelConfig {
+            family: Family::Gemma2,
+            variations: Variations {
+                output_norms: true,
+                norm_offset: 1.0,
+                activation: Activation::GeluTanh,
+                embedding_scale: Some(48.0),
+                query_pre_attn_scalar: Some(256.0),
+                attn_logit_softcapping: Some(50.0),
+                final_logit_softcapping: Some(30.0),
+                sliding_windows: (0..26).map(|layer| (layer % 2 == 0).then_some(4096)).collect(),
+            },
+            hidden_size: 2304,
+            num_hidden_layers: 26,
+            num_attention_heads: 8,
+            num_key_value_heads: 4,
+            head_dim: 256,
+            intermediate_size: 9216,
+            vocab_size: 256_000,
+            rope_theta: 1e4,
+            max_position_embeddings: 8192,
+            qkv_bias: false,
+            ..qwen
+        },
         _ => ModelConfig {
             family: Family::Llama,
             hidden_size: 576,

@@ -23,14 +23,7 @@ fn random(device: &Device, count: usize, seed: u64) -> Buffer {
 }
 
 fn floats(device: &Device, buffer: &Buffer, count: usize) -> Vec<f32> {
-    let size = device.dtype.size() as usize;
-    let bytes = device.read(buffer, count * size).unwrap();
-    let decode = |b: &[u8]| match device.dtype {
-        Dtype::F32 => f32::from_le_bytes(b.try_into().unwrap()),
-        Dtype::Bf16 => half::bf16::from_le_bytes(b.try_into().unwrap()).to_f32(),
-        Dtype::F16 => half::f16::from_le_bytes(b.try_into().unwrap()).to_f32(),
-    };
-    bytes.chunks_exact(size).map(decode).collect()
+    device.dtype.decode(&device.read(buffer, count * device.dtype.size() as usize).unwrap())
 }
 
 fn off(a: &[f32], b: &[f32]) -> f64 {
@@ -68,18 +61,27 @@ fn bounds(device: &Device, plan: &Plan, lengths: &[usize]) -> Bounds {
 
 #[test]
 fn fast_attention_equals_its_slow_twin() {
-    let cases: [(&[usize], usize, usize, usize, Dtype); 6] = [
-        (&[1], 2, 1, 64, Dtype::Bf16),
-        (&[200], 4, 2, 128, Dtype::Bf16),
-        (&[1, 63, 64, 65, 300, 7, 129], 9, 3, 64, Dtype::Bf16),
-        (&[5, 500, 31, 128, 256, 3], 16, 2, 128, Dtype::Bf16),
-        (&[130, 127], 8, 8, 128, Dtype::F16),
-        (&[1000, 24], 3, 1, 64, Dtype::F16),
+    // Segments, heads, heads of keys, width, type, softcap and window (0: none).
+    type Case<'a> = (&'a [usize], usize, usize, usize, Dtype, f32, usize);
+    let cases: [Case<'_>; 12] = [
+        (&[1], 2, 1, 64, Dtype::Bf16, 0.0, 0),
+        (&[200], 4, 2, 128, Dtype::Bf16, 0.0, 0),
+        (&[1, 63, 64, 65, 300, 7, 129], 9, 3, 64, Dtype::Bf16, 0.0, 0),
+        (&[5, 500, 31, 128, 256, 3], 16, 2, 128, Dtype::Bf16, 0.0, 0),
+        (&[130, 127], 8, 8, 128, Dtype::F16, 0.0, 0),
+        (&[1000, 24], 3, 1, 64, Dtype::F16, 0.0, 0),
+        (&[300, 1, 77], 8, 4, 256, Dtype::Bf16, 2.0, 0),
+        (&[500, 40, 16, 17], 8, 4, 256, Dtype::Bf16, 2.0, 64),
+        (&[500, 40, 16, 17], 4, 2, 64, Dtype::Bf16, 1.5, 16),
+        (&[90, 300], 4, 2, 128, Dtype::Bf16, 0.0, 100),
+        (&[400, 3, 129], 8, 4, 256, Dtype::F16, 2.0, 100),
+        (&[400, 3, 129], 4, 1, 64, Dtype::F16, 2.0, 1),
     ];
-    for (lengths, heads, kv_heads, d, dtype) in cases {
+    for (lengths, heads, kv_heads, d, dtype, softcap, window) in cases {
         let Some(device) = gpu(dtype, d) else { return };
         let n: usize = lengths.iter().sum();
-        let Some(plan) = Plan::new(&device, (heads, kv_heads, d), n).unwrap() else { continue };
+        let plan = Plan::new(&device, (heads, kv_heads, d), softcap > 0.0, n).unwrap();
+        let Some(plan) = plan else { continue };
         let bounds = bounds(&device, &plan, lengths);
         assert_eq!(bounds.n, n);
         let (ld, ldo) = ((heads + 2 * kv_heads) * d, heads * d + 16);
@@ -109,6 +111,9 @@ fn fast_attention_equals_its_slow_twin() {
                 d,
                 n,
                 longest,
+                scale: 1.0 / (d as f32).sqrt(),
+                softcap,
+                window: if window == 0 { usize::MAX } else { window },
             };
             let (to, from) = ((dqkv.ptr(), ld), (dout.ptr(), ldo));
             if kind == "slow" {
@@ -130,7 +135,9 @@ fn fast_attention_equals_its_slow_twin() {
             ["out", "lse", "dqkv"].iter().zip(results[0].iter().zip(&results[2]))
         {
             let off = off(fast, slow);
-            eprintln!("{lengths:?} {heads}/{kv_heads} d{d} {dtype:?} {name}: {off:.1e}");
+            eprintln!(
+                "{lengths:?} {heads}/{kv_heads} d{d} {dtype:?} cap {softcap} window {window} {name}: {off:.1e}"
+            );
             assert!(off < limit, "{name}: {off}");
         }
     }
@@ -148,7 +155,7 @@ fn attention_times() {
     ] {
         let Some(device) = gpu(Dtype::Bf16, d) else { return };
         let n: usize = lengths.iter().sum();
-        let plan = Plan::new(&device, (heads, kv_heads, d), n).unwrap().unwrap();
+        let plan = Plan::new(&device, (heads, kv_heads, d), false, n).unwrap().unwrap();
         let bounds = bounds(&device, &plan, &lengths);
         assert_eq!(bounds.n, n);
         let (ld, ldo) = ((heads + 2 * kv_heads) * d, heads * d);
@@ -172,6 +179,9 @@ fn attention_times() {
             d,
             n,
             longest: lengths[0],
+            scale: 1.0 / (d as f32).sqrt(),
+            softcap: 0.0,
+            window: usize::MAX,
         };
         for round in 0..40 {
             if round == 10 {
