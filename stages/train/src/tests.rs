@@ -254,7 +254,7 @@ fn every_kind_of_adapter_gives_the_same_bytes_twice_and_after_a_kill() {
 fn write_unequal_tokens(path: &Path) {
     let mut file = TokenFile { cu_seqlens: vec![0], row_offsets: vec![0], ..TokenFile::default() };
     for row in 0..11usize {
-        for part in 0..1 + row % 4 {
+        for part in 0..=(row % 4) {
             let length = 2 + (row * 5 + part * 7) % 11;
             file.tokens.extend((0..length).map(|i| ((i * (3 + part) + row) % VOCABULARY) as i32));
             file.label_mask.extend((0..length).map(|i| u8::from((i + row) % 3 > row % 2)));
