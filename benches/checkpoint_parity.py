@@ -26,6 +26,8 @@ TEXT = (
     "<|im_start|>user\nWhat is the boiling point of water at 3,000 m, in °C? 水 🙂<|im_end|>\n"
     "<|im_start|>assistant\nAt an altitude of 3,000 metres water boils at about 90 °C, since the"
 )
+# Sums of f32 in another order; logits reach 40.
+TOLERANCE = 2e-5
 SKIPPED = ["lm_head", "model.layers.3.mlp", "model.layers.7.self_attn.q_proj"]
 
 
@@ -73,7 +75,7 @@ def compare(name, program, folder, expected, ids):
     off, size = np.abs(found - expected).max(), np.abs(expected).max()
     same = (found.argmax(1) == expected.argmax(1)).mean()
     print(f"{name}: {off:.2e} of {size:.1f}, same token at {same:.0%}", flush=True)
-    return off <= 2e-4 and same == 1
+    return off <= TOLERANCE * size and same == 1
 
 
 def save(model, folder, **more):
@@ -117,7 +119,8 @@ def main(gguf, work, program):
         fine.append(compare(f"{name}, {files}", program, folder, expected, ids))
         stored = json.loads((folder / "config.json").read_text())
         assert stored["quantization_config"]["bnb_4bit_quant_type"] == "nf4"
-    print("all within 2e-4" if all(fine) else "NOT all within 2e-4")
+    within = "all" if all(fine) else "NOT all"
+    print(f"{within} within {TOLERANCE:.0e} of the largest logit")
     return 0 if all(fine) else 1
 
 

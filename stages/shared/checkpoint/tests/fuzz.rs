@@ -77,14 +77,12 @@ fn decode_row(stored: &StoredMatrix) {
 
 /// Tokenizer, vocabulary and chat template, with and without the one another.
 fn read_text(folder: &ModelFolder, rows: usize) -> Result<(), String> {
-    let tokenizer = text(folder.tokenizer()).and_then(|tokenizer| {
-        let encoded = tokenizer.encode("Hello <|im_end|> wörld 12\n").map_err(|e| e.to_string());
+    let tokenizer = text(folder.tokenizer()).map(|tokenizer| {
         // What a damaged tokenizer cannot encode has no file to name.
-        if let Ok(encoded) = encoded {
+        if let Ok(encoded) = tokenizer.encode("Hello <|im_end|> wörld 12\n") {
             let _ = tokenizer.decode(&encoded.ids);
         }
         let _ = tokenizer.to_json();
-        Ok(())
     });
     let vocabulary = text(folder.vocabulary(rows)).map(drop);
     let template = text(folder.chat_template()).map(drop);
