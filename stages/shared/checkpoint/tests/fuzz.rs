@@ -267,9 +267,8 @@ fn damaged_four_bit_layers() {
         let mut damaged = golden.clone();
         mutate::bytes(&mut random, &mut damaged, if round % 4 == 0 { golden.len() } else { head });
         std::fs::write(&path, &damaged).unwrap();
-        check(&format!("nf4, round {round}"), damaged.len(), &["model.safetensors"], || {
-            read(&mut random)
-        });
+        let files = ["model.safetensors", "tensor `"];
+        check(&format!("nf4, round {round}"), damaged.len(), &files, || read(&mut random));
     }
     // Cut at the bounds of every tensor and beside them.
     let starts = file
