@@ -2,12 +2,8 @@
 
 use std::path::Path;
 
-use serde::Deserialize;
-use serde_json::Value;
-
-use crate::quantization::Quantization;
 use crate::variations::{Gemma2, MAX_LAYERS, Variations};
-use crate::{CheckpointError, Gguf, ModelFolder};
+use crate::{CheckpointError, Gguf, ModelFolder, hub_config};
 
 /// Model families whose decoders differ only in the fields of [`ModelConfig`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,6 +14,25 @@ pub enum Family {
     Qwen2,
     /// Gemma-2: see [`Variations`].
     Gemma2,
+}
+
+/// Follows the name of what is not one of them.
+pub(crate) const SUPPORTED: &str =
+    "(supported: llama, qwen2, gemma2): choose a model of one of these families";
+/// Ends a refusal of scaled rotary frequencies.
+pub(crate) const CHOOSE_UNSCALED: &str =
+    "its rotary frequencies differ from those computed here, so choose a model without it";
+
+impl Family {
+    /// The family of that name in transformers and llama.cpp.
+    pub(crate) fn from_name(name: &str) -> Option<Self> {
+        Some(match name {
+            "llama" => Self::Llama,
+            "qwen2" => Self::Qwen2,
+            "gemma2" => Self::Gemma2,
+            _ => return None,
+        })
+    }
 }
 
 /// Shape of a decoder; field names are those of transformers' `config.json`.
@@ -53,45 +68,6 @@ pub struct ModelConfig {
     pub variations: Variations,
 }
 
-/// The fields of `config.json` that matter, of transformers 4 and 5.
-#[derive(Deserialize)]
-struct HubConfig {
-    model_type: String,
-    hidden_size: usize,
-    num_hidden_layers: usize,
-    num_attention_heads: usize,
-    num_key_value_heads: Option<usize>,
-    head_dim: Option<usize>,
-    intermediate_size: usize,
-    vocab_size: usize,
-    rms_norm_eps: f32,
-    rope_theta: Option<f32>,
-    rope_parameters: Option<Value>,
-    rope_scaling: Option<Value>,
-    max_position_embeddings: usize,
-    tie_word_embeddings: Option<bool>,
-    #[serde(default)]
-    attention_bias: bool,
-    #[serde(default)]
-    mlp_bias: bool,
-    #[serde(default)]
-    use_sliding_window: bool,
-    hidden_act: Option<String>,
-    quantization_config: Option<Value>,
-}
-
-impl HubConfig {
-    /// Gemma-2's variations, whose norms are stored without the 1.
-    fn gemma2(&self, text: &[u8]) -> Result<Variations, String> {
-        let own: Gemma2 =
-            serde_json::from_slice(text).map_err(|e| format!("line {}: {e}", e.line()))?;
-        own.check_activation(self.hidden_act.as_deref())?;
-        let windows = own.windows(self.num_hidden_layers)?;
-        let variations = Variations::gemma2(self.hidden_size, 1.0, &own);
-        Ok(Variations { sliding_windows: windows, ..variations })
-    }
-}
-
 /// Gemma-2's variations from GGUF metadata; llama.cpp stores norm weights with the 1 added.
 fn gguf_gemma2(
     gguf: &Gguf,
@@ -116,6 +92,38 @@ fn gguf_gemma2(
     Ok(Variations { sliding_windows: windows, ..variations })
 }
 
+/// What the metadata ask for and the decoder would not do.
+fn gguf_refusal(gguf: &Gguf, family: Family, arch: &str, head_dim: usize) -> Option<String> {
+    let text = |key: &str| gguf.str(&format!("{arch}.{key}")).ok();
+    let number = |key: &str| gguf.u64(&format!("{arch}.{key}")).ok();
+    if let Some(kind) = text("rope.scaling.type").filter(|kind| *kind != "none") {
+        return Some(format!("rope scaling `{kind}` is not supported: {CHOOSE_UNSCALED}"));
+    }
+    // The second is the key of files from before `rope.scaling`.
+    for key in ["rope.scaling.factor", "rope.scale_linear"] {
+        let factor = gguf.f32(&format!("{arch}.{key}")).ok();
+        if let Some(factor) = factor.filter(|factor| factor.total_cmp(&1.0).is_ne()) {
+            return Some(format!("`{arch}.{key}` is {factor}, not 1: {CHOOSE_UNSCALED}"));
+        }
+    }
+    if let Some(experts) = number("expert_count").filter(|experts| *experts > 0) {
+        return Some(format!("a mixture of {experts} experts is not supported {SUPPORTED}"));
+    }
+    let window = number("attention.sliding_window").filter(|window| *window > 0);
+    if let (Family::Llama | Family::Qwen2, Some(window)) = (family, window) {
+        return Some(format!("a sliding window of {window} is supported for gemma2 alone"));
+    }
+    for (key, what) in [
+        ("rope.dimension_count", "rotary embeddings of a part of each head are"),
+        ("attention.value_length", "values of another width than keys are"),
+    ] {
+        if let Some(width) = number(key).filter(|width| *width != head_dim as u64) {
+            return Some(format!("`{arch}.{key}` is {width} of {head_dim}: {what} not supported"));
+        }
+    }
+    None
+}
+
 impl ModelConfig {
     /// Reads the shape of the model in `folder`.
     ///
@@ -124,7 +132,7 @@ impl ModelConfig {
     pub fn read(folder: &ModelFolder) -> Result<Self, CheckpointError> {
         let config = match folder {
             ModelFolder::Gguf { gguf, .. } => Self::from_gguf(gguf)?,
-            ModelFolder::Safetensors { dir, .. } => Self::from_json(&dir.join("config.json"))?,
+            ModelFolder::Safetensors { dir, .. } => hub_config::read(&dir.join("config.json"))?,
         };
         config.check(folder.path())?;
         Ok(config)
@@ -133,27 +141,18 @@ impl ModelConfig {
     fn from_gguf(gguf: &Gguf) -> Result<Self, CheckpointError> {
         let refuse = |what: String| Err(CheckpointError::content(gguf.path(), what));
         let arch = gguf.str("general.architecture")?;
-        let family = match arch {
-            "llama" => Family::Llama,
-            "qwen2" => Family::Qwen2,
-            "gemma2" => Family::Gemma2,
-            other => {
-                return refuse(format!(
-                    "architecture `{other}` is not supported (supported: llama, qwen2, gemma2)"
-                ));
-            }
+        let Some(family) = Family::from_name(arch) else {
+            return refuse(format!("architecture `{arch}` is not supported {SUPPORTED}"));
         };
         let number = |key: &str| gguf.u64(&format!("{arch}.{key}")).map(|v| v as usize);
         let float = |key: &str| gguf.f32(&format!("{arch}.{key}"));
-        if let Ok(kind) = gguf.str(&format!("{arch}.rope.scaling.type"))
-            && kind != "none"
-        {
-            return refuse(format!("rope scaling `{kind}` is not supported"));
-        }
         let heads = number("attention.head_count")?;
         let hidden_size = number("embedding_length")?;
         let head_dim =
             number("attention.key_length").unwrap_or(hidden_size.checked_div(heads).unwrap_or(0));
+        if let Some(what) = gguf_refusal(gguf, family, arch, head_dim) {
+            return refuse(what);
+        }
         let layers = number("block_count")?;
         let variations = match family {
             Family::Gemma2 => gguf_gemma2(gguf, (hidden_size, layers, heads, head_dim))?,
@@ -181,69 +180,6 @@ impl ModelConfig {
         })
     }
 
-    fn from_json(path: &Path) -> Result<Self, CheckpointError> {
-        let text = std::fs::read(path).map_err(|e| CheckpointError::io(path, e))?;
-        let hub: HubConfig = serde_json::from_slice(&text)
-            .map_err(|e| CheckpointError::content(path, format!("line {}: {e}", e.line())))?;
-        let refuse = |what: String| Err(CheckpointError::content(path, what));
-        let family = match hub.model_type.as_str() {
-            "llama" => Family::Llama,
-            "qwen2" => Family::Qwen2,
-            "gemma2" => Family::Gemma2,
-            other => {
-                return refuse(format!(
-                    "model type `{other}` is not supported (supported: llama, qwen2, gemma2)"
-                ));
-            }
-        };
-        let rope = hub.rope_parameters.as_ref().or(hub.rope_scaling.as_ref());
-        let kind = rope
-            .and_then(|r| r.get("rope_type").or_else(|| r.get("type")))
-            .and_then(Value::as_str)
-            .unwrap_or("default");
-        if kind != "default" {
-            return refuse(format!("rope scaling `{kind}` is not supported"));
-        }
-        if hub.mlp_bias || (hub.attention_bias && family != Family::Qwen2) {
-            return refuse("biases on attention or feed-forward layers are not supported".into());
-        }
-        if hub.use_sliding_window {
-            return refuse("a sliding window is not supported".to_owned());
-        }
-        let variations = match family {
-            Family::Gemma2 => hub.gemma2(&text).map_err(|e| CheckpointError::content(path, e))?,
-            _ => Variations::default(),
-        };
-        if let (Family::Llama | Family::Qwen2, Some(activation)) = (family, &hub.hidden_act)
-            && activation != "silu"
-        {
-            return refuse(format!("activation `{activation}` is not supported"));
-        }
-        if let Some(section) = &hub.quantization_config {
-            Quantization::parse(section).map_err(|e| CheckpointError::content(path, e))?;
-        }
-        let theta = rope.and_then(|r| r.get("rope_theta")).and_then(Value::as_f64);
-        Ok(Self {
-            family,
-            hidden_size: hub.hidden_size,
-            num_hidden_layers: hub.num_hidden_layers,
-            num_attention_heads: hub.num_attention_heads,
-            num_key_value_heads: hub.num_key_value_heads.unwrap_or(hub.num_attention_heads),
-            head_dim: hub.head_dim.unwrap_or(match family {
-                Family::Gemma2 => 256,
-                _ => hub.hidden_size.checked_div(hub.num_attention_heads).unwrap_or(0),
-            }),
-            intermediate_size: hub.intermediate_size,
-            vocab_size: hub.vocab_size,
-            rms_norm_eps: hub.rms_norm_eps,
-            rope_theta: hub.rope_theta.or(theta.map(|t| t as f32)).unwrap_or(10_000.0),
-            max_position_embeddings: hub.max_position_embeddings,
-            tie_word_embeddings: hub.tie_word_embeddings.unwrap_or(family == Family::Gemma2),
-            qkv_bias: family == Family::Qwen2,
-            variations,
-        })
-    }
-
     /// Sizes that the decoder relies on.
     fn check(&self, path: &Path) -> Result<(), CheckpointError> {
         let sizes = [
@@ -265,5 +201,53 @@ impl ModelConfig {
         } else {
             Err(CheckpointError::content(path, format!("model sizes make no sense: {self:?}")))
         }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use super::*;
+    use crate::{GgmlType, GgufWriter};
+
+    /// A GGUF file of a Llama with more metadata.
+    fn read(more: impl Fn(&mut GgufWriter)) -> Result<ModelConfig, String> {
+        let mut writer = GgufWriter::new();
+        writer.str("general.architecture", "llama");
+        for (key, value) in [
+            ("block_count", 1),
+            ("context_length", 64),
+            ("embedding_length", 64),
+            ("feed_forward_length", 64),
+            ("attention.head_count", 2),
+            ("attention.key_length", 32),
+        ] {
+            writer.u32(&format!("llama.{key}"), value);
+        }
+        writer.f32("llama.attention.layer_norm_rms_epsilon", 1e-5);
+        more(&mut writer);
+        writer.tensor("token_embd.weight", GgmlType::F32, &[4, 64]).unwrap();
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let data = |_| Ok::<_, std::io::Error>(vec![0; 4 * 64 * 4]);
+        writer.write(&mut file.as_file(), data).unwrap();
+        let gguf = Gguf::open(file.path()).unwrap();
+        ModelConfig::read(&ModelFolder::Gguf { gguf }).map_err(|e| e.to_string())
+    }
+
+    #[test]
+    fn gguf_that_asks_for_more_is_refused() {
+        read(|_| {}).unwrap();
+        read(|w| w.str("llama.rope.scaling.type", "none")).unwrap();
+        let refused = |message: &str, more: &dyn Fn(&mut GgufWriter)| {
+            let error = read(more).unwrap_err();
+            assert!(error.contains(message), "{error}");
+        };
+        refused("rope scaling `yarn`", &|w| w.str("llama.rope.scaling.type", "yarn"));
+        refused("is 4, not 1", &|w| w.f32("llama.rope.scaling.factor", 4.0));
+        refused("is 2, not 1", &|w| w.f32("llama.rope.scale_linear", 2.0));
+        refused("mixture of 8 experts", &|w| w.u32("llama.expert_count", 8));
+        refused("window of 4096", &|w| w.u32("llama.attention.sliding_window", 4096));
+        refused("16 of 32: rotary", &|w| w.u32("llama.rope.dimension_count", 16));
+        refused("64 of 32: values", &|w| w.u32("llama.attention.value_length", 64));
     }
 }

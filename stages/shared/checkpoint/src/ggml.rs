@@ -15,31 +15,53 @@ pub(crate) const DECODED: &str =
 /// Decodes `count` elements; `None` where the type is not one of [`DECODED`] or `data` does not
 /// hold exactly that many elements of it.
 pub(crate) fn decode(dtype: GgmlType, data: &[u8], count: usize) -> Option<Vec<f32>> {
-    if dtype.tensor_bytes(&[count as u64]) != Some(data.len() as u64) {
+    if !is_decoded(dtype) || dtype.tensor_bytes(&[count as u64]) != Some(data.len() as u64) {
         return None;
     }
     let mut out = vec![0.0; count];
+    decode_into(dtype, data, &mut out);
+    Some(out)
+}
+
+/// Whether the type is one of [`DECODED`].
+pub(crate) fn is_decoded(dtype: GgmlType) -> bool {
+    !matches!(
+        dtype,
+        GgmlType::Q8_1
+            | GgmlType::Q8_K
+            | GgmlType::I8
+            | GgmlType::I16
+            | GgmlType::I32
+            | GgmlType::I64
+            | GgmlType::F64
+    )
+}
+
+/// Decodes whole blocks.
+///
+/// # Panics
+/// Where the type is not one of [`DECODED`], or the two lengths do not fit each other.
+pub(crate) fn decode_into(dtype: GgmlType, data: &[u8], out: &mut [f32]) {
+    let fits = dtype.tensor_bytes(&[out.len() as u64]) == Some(data.len() as u64);
+    assert!(fits, "{} bytes of {dtype:?} for {} values", data.len(), out.len());
     match dtype {
-        GgmlType::F32 => blocks(data, &mut out, |b, o: &mut [f32; 1]| {
-            o[0] = f32::from_le_bytes(*b);
-        }),
-        GgmlType::F16 => blocks(data, &mut out, |b: &[u8; 2], o: &mut [f32; 1]| o[0] = half(b, 0)),
-        GgmlType::BF16 => blocks(data, &mut out, |b, o: &mut [f32; 1]| {
+        GgmlType::F32 => blocks(data, out, |b, o: &mut [f32; 1]| o[0] = f32::from_le_bytes(*b)),
+        GgmlType::F16 => blocks(data, out, |b: &[u8; 2], o: &mut [f32; 1]| o[0] = half(b, 0)),
+        GgmlType::BF16 => blocks(data, out, |b, o: &mut [f32; 1]| {
             o[0] = bf16::from_le_bytes(*b).to_f32();
         }),
-        GgmlType::Q4_0 => blocks(data, &mut out, q4_0),
-        GgmlType::Q4_1 => blocks(data, &mut out, q4_1),
-        GgmlType::Q5_0 => blocks(data, &mut out, q5_0),
-        GgmlType::Q5_1 => blocks(data, &mut out, q5_1),
-        GgmlType::Q8_0 => blocks(data, &mut out, q8_0),
-        GgmlType::Q2_K => blocks(data, &mut out, q2_k),
-        GgmlType::Q3_K => blocks(data, &mut out, q3_k),
-        GgmlType::Q4_K => blocks(data, &mut out, q4_k),
-        GgmlType::Q5_K => blocks(data, &mut out, q5_k),
-        GgmlType::Q6_K => blocks(data, &mut out, q6_k),
-        _ => return None,
+        GgmlType::Q4_0 => blocks(data, out, q4_0),
+        GgmlType::Q4_1 => blocks(data, out, q4_1),
+        GgmlType::Q5_0 => blocks(data, out, q5_0),
+        GgmlType::Q5_1 => blocks(data, out, q5_1),
+        GgmlType::Q8_0 => blocks(data, out, q8_0),
+        GgmlType::Q2_K => blocks(data, out, q2_k),
+        GgmlType::Q3_K => blocks(data, out, q3_k),
+        GgmlType::Q4_K => blocks(data, out, q4_k),
+        GgmlType::Q5_K => blocks(data, out, q5_k),
+        GgmlType::Q6_K => blocks(data, out, q6_k),
+        _ => unreachable!("invariant: callers ask `is_decoded`"),
     }
-    Some(out)
 }
 
 /// Decodes block after block; the lengths are constants, so that the loops need no bounds checks.

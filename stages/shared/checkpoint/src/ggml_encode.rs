@@ -35,6 +35,14 @@ impl GgmlType {
         Ok(out)
     }
 
+    /// Decodes whole blocks.
+    ///
+    /// # Panics
+    /// Where the type is not supported, or the two lengths do not fit each other.
+    pub fn decode_into(self, data: &[u8], out: &mut [f32]) {
+        ggml::decode_into(self, data, out);
+    }
+
     /// Decodes `count` values; `None` where the type is not supported or `data` has another length.
     pub fn decode(self, data: &[u8], count: usize) -> Option<Vec<f32>> {
         ggml::decode(self, data, count)

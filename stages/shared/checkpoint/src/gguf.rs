@@ -5,12 +5,13 @@
 //! Format: `docs/gguf.md` of ggml.
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use memmap2::Mmap;
 
-use crate::CheckpointError;
+use crate::bytes::{Bytes, map_file};
+use crate::{CheckpointError, GgmlType};
 
 /// Alignment of tensor data where the file does not say otherwise.
 const DEFAULT_ALIGNMENT: u64 = 32;
@@ -26,7 +27,7 @@ const MAX_ELEMENTS: u64 = 1 << 24;
 #[derive(Debug)]
 pub struct Gguf {
     path: PathBuf,
-    map: Mmap,
+    map: Arc<Mmap>,
     version: u32,
     metadata: BTreeMap<String, Metadata>,
     tensors: Vec<TensorInfo>,
@@ -65,110 +66,6 @@ pub struct TensorInfo {
     pub offset: u64,
     /// Bytes of data.
     pub bytes: u64,
-}
-
-/// ggml's storage types whose block layout is known here.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[expect(non_camel_case_types, reason = "ggml's own names")]
-#[expect(missing_docs, reason = "ggml's own names")]
-pub enum GgmlType {
-    F32,
-    F16,
-    Q4_0,
-    Q4_1,
-    Q5_0,
-    Q5_1,
-    Q8_0,
-    Q8_1,
-    Q2_K,
-    Q3_K,
-    Q4_K,
-    Q5_K,
-    Q6_K,
-    Q8_K,
-    I8,
-    I16,
-    I32,
-    I64,
-    F64,
-    BF16,
-}
-
-impl GgmlType {
-    /// The type with ggml's number `id`.
-    pub fn from_id(id: u32) -> Option<Self> {
-        Some(match id {
-            0 => Self::F32,
-            1 => Self::F16,
-            2 => Self::Q4_0,
-            3 => Self::Q4_1,
-            6 => Self::Q5_0,
-            7 => Self::Q5_1,
-            8 => Self::Q8_0,
-            9 => Self::Q8_1,
-            10 => Self::Q2_K,
-            11 => Self::Q3_K,
-            12 => Self::Q4_K,
-            13 => Self::Q5_K,
-            14 => Self::Q6_K,
-            15 => Self::Q8_K,
-            24 => Self::I8,
-            25 => Self::I16,
-            26 => Self::I32,
-            27 => Self::I64,
-            28 => Self::F64,
-            30 => Self::BF16,
-            _ => return None,
-        })
-    }
-
-    /// ggml's number of the type.
-    pub fn id(self) -> u32 {
-        (0..=30)
-            .find(|id| Self::from_id(*id) == Some(self))
-            .expect("invariant: every type is known")
-    }
-
-    /// Elements in one block; the fastest dimension is a multiple of it.
-    pub fn block_len(self) -> u64 {
-        match self {
-            Self::Q4_0 | Self::Q4_1 | Self::Q5_0 | Self::Q5_1 | Self::Q8_0 | Self::Q8_1 => 32,
-            Self::Q2_K | Self::Q3_K | Self::Q4_K | Self::Q5_K | Self::Q6_K | Self::Q8_K => 256,
-            _ => 1,
-        }
-    }
-
-    /// Bytes of one block.
-    pub fn block_bytes(self) -> u64 {
-        match self {
-            Self::F32 | Self::I32 => 4,
-            Self::F16 | Self::BF16 | Self::I16 => 2,
-            Self::I8 => 1,
-            Self::I64 | Self::F64 => 8,
-            Self::Q4_0 => 18,
-            Self::Q4_1 => 20,
-            Self::Q5_0 => 22,
-            Self::Q5_1 => 24,
-            Self::Q8_0 => 34,
-            Self::Q8_1 => 36,
-            Self::Q2_K => 84,
-            Self::Q3_K => 110,
-            Self::Q4_K => 144,
-            Self::Q5_K => 176,
-            Self::Q6_K => 210,
-            Self::Q8_K => 292,
-        }
-    }
-
-    /// Bytes of a tensor of this row-major shape; `None` where the shape does not fit the blocks.
-    pub fn tensor_bytes(self, shape: &[u64]) -> Option<u64> {
-        let fastest = shape.last().copied().unwrap_or(1);
-        if !fastest.is_multiple_of(self.block_len()) {
-            return None;
-        }
-        let elements = shape.iter().try_fold(1_u64, |n, d| n.checked_mul(*d))?;
-        (elements / self.block_len()).checked_mul(self.block_bytes())
-    }
 }
 
 impl Metadata {
@@ -211,15 +108,8 @@ impl Gguf {
     ///
     /// # Errors
     /// [`CheckpointError::Io`] or [`CheckpointError::Gguf`].
-    #[expect(unsafe_code, reason = "a mapping is the only way to read gigabytes without a copy")]
     pub fn open(path: &Path) -> Result<Self, CheckpointError> {
-        let io = |e| CheckpointError::io(path, e);
-        let file = File::open(path).map_err(io)?;
-        if file.metadata().map_err(io)?.is_dir() {
-            return Err(io(std::io::ErrorKind::IsADirectory.into()));
-        }
-        // SAFETY: inputs of a stage are immutable files of the cache while the stage runs.
-        let map = unsafe { Mmap::map(&file) }.map_err(io)?;
+        let map = map_file(path)?;
         let (version, metadata, tensors) = Cursor::new(&map, path).header()?;
         let index = tensors.iter().enumerate().map(|(i, t)| (t.name.clone(), i)).collect();
         Ok(Self { path: path.to_owned(), map, version, metadata, tensors, index })
@@ -308,12 +198,13 @@ impl Gguf {
     ///
     /// # Errors
     /// [`CheckpointError::Content`] where there is none.
-    pub fn tensor_data(&self, name: &str) -> Result<&[u8], CheckpointError> {
+    pub fn tensor_data(&self, name: &str) -> Result<Bytes, CheckpointError> {
         let tensor = self.tensor(name).ok_or_else(|| {
             CheckpointError::content(&self.path, format!("has no tensor `{name}`"))
         })?;
         // Bounds were checked when the header was read.
-        Ok(&self.map[tensor.offset as usize..(tensor.offset + tensor.bytes) as usize])
+        let end = tensor.offset + tensor.bytes;
+        Ok(Bytes::mapped(&self.map, tensor.offset as usize..end as usize))
     }
 
     fn typed<'a, T>(
@@ -598,7 +489,7 @@ mod tests {
         assert_eq!(gguf.integers("tokenizer.ggml.token_type").unwrap(), [1, -3]);
         assert_eq!(gguf.tensor("a").unwrap().shape, [2, 3]);
         assert_eq!(gguf.tensor_data("a").unwrap()[20..], 5_f32.to_le_bytes());
-        assert_eq!(gguf.tensor_data("b").unwrap(), [7; 34]);
+        assert_eq!(*gguf.tensor_data("b").unwrap(), [7; 34]);
         assert!(gguf.u64("general.architecture").unwrap_err().to_string().contains("not an uns"));
     }
 

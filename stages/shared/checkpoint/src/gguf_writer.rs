@@ -204,8 +204,8 @@ mod tests {
         assert_eq!(read.strings("a.words").unwrap(), ["a", ""]);
         assert_eq!(read.integers("a.kinds").unwrap(), [1, -3]);
         assert_eq!(read.tensor("second").unwrap().shape, [2, 32]);
-        assert_eq!(read.tensor_data("first").unwrap(), data[0]);
-        assert_eq!(read.tensor_data("second").unwrap(), data[1]);
+        assert_eq!(*read.tensor_data("first").unwrap(), data[0]);
+        assert_eq!(*read.tensor_data("second").unwrap(), data[1]);
     }
 
     #[test]

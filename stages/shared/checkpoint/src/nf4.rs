@@ -7,6 +7,8 @@ use std::ops::Range;
 
 use half::{bf16, f16};
 
+use crate::Bytes;
+
 /// Values of the sixteen codes: quantiles of the normal distribution, scaled to [-1, 1]
 /// (`get_4bit_type("nf4")`).
 pub const NF4_VALUES: [f32; 16] = [
@@ -76,7 +78,7 @@ pub enum Absmax {
 #[derive(Clone, Debug, PartialEq)]
 pub struct NestedAbsmax {
     /// One code for each block of the matrix.
-    pub codes: Vec<u8>,
+    pub codes: Bytes,
     /// One scale for every `block_size` codes.
     pub absmax: Vec<f32>,
     /// Values of the codes.
@@ -93,7 +95,7 @@ pub struct Nf4 {
     shape: [usize; 2],
     block_size: usize,
     dtype: FloatType,
-    packed: Vec<u8>,
+    packed: Bytes,
     absmax: Absmax,
 }
 
@@ -107,7 +109,7 @@ impl Nf4 {
         shape: [usize; 2],
         block_size: usize,
         dtype: FloatType,
-        packed: Vec<u8>,
+        packed: Bytes,
         absmax: Absmax,
     ) -> Result<Self, String> {
         let count = shape[0].checked_mul(shape[1]).filter(|n| *n > 0);

@@ -48,7 +48,7 @@ pub(crate) fn read_nf4(
     let absmax = match state.nested {
         None => Absmax::Plain(parts.floats("absmax")?),
         Some((block_size, offset)) => Absmax::Nested(NestedAbsmax {
-            codes: parts.get("absmax", Dtype::U8)?.to_vec(),
+            codes: parts.get("absmax", Dtype::U8)?.bytes(),
             absmax: parts.floats("nested_absmax")?,
             map: Box::new(parts.floats("nested_quant_map")?.try_into().map_err(
                 |map: Vec<f32>| {
@@ -60,7 +60,7 @@ pub(crate) fn read_nf4(
             offset,
         }),
     };
-    Nf4::new(shape, state.block_size, state.dtype, weight.data.to_vec(), absmax)
+    Nf4::new(shape, state.block_size, state.dtype, weight.bytes(), absmax)
         .map_err(|e| fault(format!("`{name}`: {e}")))
 }
 
@@ -95,13 +95,13 @@ impl Parts<'_> {
                 )));
             }
         }
-        let bytes = self.get("quant_state.bitsandbytes__nf4", Dtype::U8)?;
-        QuantState::parse(bytes)
+        let state = self.get("quant_state.bitsandbytes__nf4", Dtype::U8)?;
+        QuantState::parse(state.data)
             .map_err(|e| self.fault(format!("the quant_state of `{name}` cannot be read: {e}")))
     }
 
-    /// The bytes of the vector `{name}.{part}`.
-    fn get(&self, part: &str, dtype: Dtype) -> Result<&[u8], CheckpointError> {
+    /// The vector `{name}.{part}`.
+    fn get(&self, part: &str, dtype: Dtype) -> Result<Stored<'_>, CheckpointError> {
         let name = self.name;
         let stored = self
             .shards
@@ -112,10 +112,10 @@ impl Parts<'_> {
             let message = format!("`{name}.{part}` is {found:?} {shape:?}, not a {dtype:?} vector");
             return Err(CheckpointError::content(stored.path, message));
         }
-        Ok(stored.data)
+        Ok(stored)
     }
 
     fn floats(&self, part: &str) -> Result<Vec<f32>, CheckpointError> {
-        Ok(tensors::floats(self.get(part, Dtype::F32)?))
+        Ok(tensors::floats(self.get(part, Dtype::F32)?.data))
     }
 }

@@ -6,6 +6,9 @@ use serde_json::Value;
 
 use crate::CheckpointError;
 
+/// Ends the refusal of a quantised checkpoint.
+pub(crate) const USE_OTHER: &str = "use the model in 16 bits or in bitsandbytes' NF4";
+
 /// A checkpoint that bitsandbytes quantised to NF4.
 #[derive(Debug)]
 pub(crate) struct Quantization {
@@ -37,16 +40,14 @@ impl Quantization {
     pub(crate) fn parse(section: &Value) -> Result<Self, String> {
         let text = |key: &str| section.get(key).and_then(Value::as_str);
         let flag = |key: &str| section.get(key).and_then(Value::as_bool) == Some(true);
-        let refuse = |what: String| Err(format!("quantization_config: {what}"));
+        let refuse = |what: String| Err(format!("quantization_config: {what}: {USE_OTHER}"));
         // Before it had `quant_method`, transformers knew bitsandbytes alone.
         let method = text("quant_method").unwrap_or("bitsandbytes");
         if method != "bitsandbytes" {
-            return refuse(format!(
-                "method `{method}` is not supported (supported: bitsandbytes NF4)"
-            ));
+            return refuse(format!("method `{method}` is not supported"));
         }
         if flag("load_in_8bit") || flag("_load_in_8bit") {
-            return refuse("bitsandbytes' 8-bit weights are not supported, only 4-bit NF4".into());
+            return refuse("bitsandbytes' 8-bit weights are not supported".to_owned());
         }
         if !flag("load_in_4bit") && !flag("_load_in_4bit") {
             return refuse("`load_in_4bit` is not true, so the format is unknown".to_owned());
@@ -54,7 +55,7 @@ impl Quantization {
         // Left out, it is fp4 in transformers.
         let kind = text("bnb_4bit_quant_type").unwrap_or("fp4");
         if kind != "nf4" {
-            return refuse(format!("4-bit type `{kind}` is not supported, only nf4"));
+            return refuse(format!("4-bit type `{kind}` is not supported"));
         }
         let storage = text("bnb_4bit_quant_storage").unwrap_or("uint8");
         if storage != "uint8" {

@@ -2,9 +2,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use memmap2::Mmap;
 use safetensors::{Dtype, SafeTensors};
@@ -12,13 +12,14 @@ use serde::Deserialize;
 use serde::de::{Error as _, IgnoredAny, MapAccess, Visitor};
 
 use crate::CheckpointError;
+use crate::bytes::{Bytes, map_file};
 
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 
 /// The mapped files of a folder and where each tensor lies in them.
 pub(crate) struct Shards {
-    files: Vec<(PathBuf, Mmap)>,
+    files: Vec<(PathBuf, Arc<Mmap>)>,
     tensors: BTreeMap<String, Place>,
 }
 
@@ -37,6 +38,15 @@ pub(crate) struct Stored<'a> {
     pub(crate) shape: &'a [usize],
     /// Little-endian, row-major.
     pub(crate) data: &'a [u8],
+    map: &'a Arc<Mmap>,
+    range: &'a Range<usize>,
+}
+
+impl Stored<'_> {
+    /// The data, which stay mapped for as long as they are held.
+    pub(crate) fn bytes(&self) -> Bytes {
+        Bytes::mapped(self.map, self.range.clone())
+    }
 }
 
 #[derive(Deserialize)]
@@ -70,8 +80,9 @@ impl Shards {
     pub(crate) fn get(&self, name: &str) -> Option<Stored<'_>> {
         let place = self.tensors.get(name)?;
         let (path, map) = &self.files[place.file];
-        let data = &map[place.bytes.clone()];
-        Some(Stored { path, dtype: place.dtype, shape: &place.shape, data })
+        let Place { dtype, shape, bytes: range, .. } = place;
+        let data = &map[range.clone()];
+        Some(Stored { path, dtype: *dtype, shape, data, map, range })
     }
 
     /// Names that start with `prefix`, sorted.
@@ -165,11 +176,4 @@ impl<'de> Visitor<'de> for UniqueKeysVisitor {
         }
         Ok(UniqueKeys)
     }
-}
-
-#[expect(unsafe_code, reason = "mapping a file has no safe form")]
-fn map_file(path: &Path) -> Result<Mmap, CheckpointError> {
-    let file = File::open(path).map_err(|e| CheckpointError::io(path, e))?;
-    // SAFETY: inputs of a stage are read-only objects that nobody truncates while it runs.
-    unsafe { Mmap::map(&file) }.map_err(|e| CheckpointError::io(path, e))
 }

@@ -5,6 +5,7 @@ use std::ops::Range;
 use half::{bf16, f16};
 
 use crate::nf4::{FloatType, Nf4};
+use crate::{BlockMatrix, Bytes};
 
 /// A row-major matrix `[rows, columns]` that takes no more memory than in its file.
 #[derive(Clone, Debug, PartialEq)]
@@ -13,6 +14,8 @@ pub enum StoredMatrix {
     Nf4(Nf4),
     /// 16-bit floats.
     Half(HalfMatrix),
+    /// ggml's blocks.
+    Blocks(BlockMatrix),
 }
 
 /// A row-major matrix of bf16 or f16.
@@ -20,21 +23,33 @@ pub enum StoredMatrix {
 pub struct HalfMatrix {
     shape: [usize; 2],
     is_bf16: bool,
-    bits: Vec<u16>,
+    /// Little-endian.
+    data: Bytes,
 }
 
 impl HalfMatrix {
     /// A matrix from little-endian bytes; `None` where the type is not of 16 bits or the length is
     /// not that of the shape.
-    pub(crate) fn new(shape: [usize; 2], dtype: FloatType, data: &[u8]) -> Option<Self> {
+    pub(crate) fn new(shape: [usize; 2], dtype: FloatType, data: Bytes) -> Option<Self> {
         let is_bf16 = match dtype {
             FloatType::Bf16 => true,
             FloatType::F16 => false,
             FloatType::F32 => return None,
         };
         let fits = shape[0].checked_mul(shape[1])?.checked_mul(2)? == data.len();
-        let bits = || data.as_chunks().0.iter().map(|b| u16::from_le_bytes(*b)).collect();
-        fits.then(|| Self { shape, is_bf16, bits: bits() })
+        fits.then_some(Self { shape, is_bf16, data })
+    }
+
+    fn decode_rows(&self, rows: Range<usize>, out: &mut [f32]) {
+        let columns = self.shape[1];
+        let bits = &self.data.as_chunks().0[rows.start * columns..rows.end * columns];
+        assert_eq!(out.len(), bits.len(), "length of the decoded rows");
+        let pairs = out.iter_mut().zip(bits);
+        if self.is_bf16 {
+            pairs.for_each(|(o, b)| *o = bf16::from_le_bytes(*b).to_f32());
+        } else {
+            pairs.for_each(|(o, b)| *o = f16::from_le_bytes(*b).to_f32());
+        }
     }
 }
 
@@ -44,6 +59,7 @@ impl StoredMatrix {
         match self {
             Self::Nf4(nf4) => nf4.shape(),
             Self::Half(half) => half.shape,
+            Self::Blocks(blocks) => blocks.shape(),
         }
     }
 
@@ -54,16 +70,8 @@ impl StoredMatrix {
     pub fn decode_rows(&self, rows: Range<usize>, out: &mut [f32]) {
         match self {
             Self::Nf4(nf4) => nf4.decode_rows(rows, out),
-            Self::Half(half) => {
-                let columns = half.shape[1];
-                let bits = &half.bits[rows.start * columns..rows.end * columns];
-                assert_eq!(out.len(), bits.len(), "length of the decoded rows");
-                if half.is_bf16 {
-                    out.iter_mut().zip(bits).for_each(|(o, b)| *o = bf16::from_bits(*b).to_f32());
-                } else {
-                    out.iter_mut().zip(bits).for_each(|(o, b)| *o = f16::from_bits(*b).to_f32());
-                }
-            }
+            Self::Half(half) => half.decode_rows(rows, out),
+            Self::Blocks(blocks) => blocks.decode_rows(rows, out),
         }
     }
 
@@ -71,7 +79,8 @@ impl StoredMatrix {
     pub fn bytes(&self) -> usize {
         match self {
             Self::Nf4(nf4) => nf4.bytes(),
-            Self::Half(half) => half.bits.len() * size_of::<u16>(),
+            Self::Half(half) => half.data.len(),
+            Self::Blocks(blocks) => blocks.bytes(),
         }
     }
 }
@@ -93,13 +102,13 @@ mod tests {
                     _ => f16::from_f32(*v).to_le_bytes(),
                 })
                 .collect();
-            let matrix = StoredMatrix::Half(HalfMatrix::new([3, 2], dtype, &bytes).unwrap());
+            let matrix = StoredMatrix::Half(HalfMatrix::new([3, 2], dtype, bytes.into()).unwrap());
             let mut out = [0.0; 4];
             matrix.decode_rows(1..3, &mut out);
             assert!(out.iter().zip(&rounded[2..]).all(|(a, b)| a.to_bits() == b.to_bits()));
             assert_eq!((matrix.shape(), matrix.bytes()), ([3, 2], 12));
         }
-        assert!(HalfMatrix::new([3, 2], FloatType::Bf16, &[0; 10]).is_none());
-        assert!(HalfMatrix::new([1, 2], FloatType::F32, &[0; 8]).is_none());
+        assert!(HalfMatrix::new([3, 2], FloatType::Bf16, vec![0; 10].into()).is_none());
+        assert!(HalfMatrix::new([1, 2], FloatType::F32, vec![0; 8].into()).is_none());
     }
 }

@@ -10,7 +10,7 @@ use crate::packed::{is_packed, read_nf4};
 use crate::quantization::Quantization;
 use crate::shards::{Shards, Stored};
 use crate::stored::{HalfMatrix, StoredMatrix};
-use crate::{CheckpointError, Family, Gguf, ModelConfig, ModelFolder, ggml};
+use crate::{BlockMatrix, CheckpointError, Family, Gguf, ModelConfig, ModelFolder, names};
 
 /// The weights of a model folder.
 pub struct Weights<'a> {
@@ -47,7 +47,8 @@ impl<'a> Weights<'a> {
     /// Opens the weights of `folder`; nothing is decoded yet.
     ///
     /// # Errors
-    /// [`CheckpointError`] for a shard that is missing or malformed.
+    /// [`CheckpointError`] for a shard that is missing or malformed, for a tensor that a decoder of
+    /// this configuration would leave out, and for a head that is tied in the configuration alone.
     pub fn open(folder: &'a ModelFolder, config: &'a ModelConfig) -> Result<Self, CheckpointError> {
         let source = match folder {
             ModelFolder::Gguf { gguf, .. } => Source::Gguf(gguf),
@@ -56,13 +57,23 @@ impl<'a> Weights<'a> {
                 shards: Shards::open(dir)?,
             },
         };
-        Ok(Self { path: folder.path().to_owned(), source, config })
+        let weights = Self { path: folder.path().to_owned(), source, config };
+        weights.check_names()?;
+        weights.check_head()?;
+        Ok(weights)
+    }
+
+    /// Shape of the model.
+    pub fn config(&self) -> &ModelConfig {
+        self.config
     }
 
     /// Whether a tensor is there.
     pub fn has(&self, name: &str) -> bool {
         match &self.source {
-            Source::Gguf(gguf) => self.gguf_name(name).is_some_and(|n| gguf.tensor(&n).is_some()),
+            Source::Gguf(gguf) => {
+                names::of_gguf(self.config, name).is_some_and(|n| gguf.tensor(&n).is_some())
+            }
             Source::Safetensors { shards, .. } => shards.get(name).is_some(),
         }
     }
@@ -73,7 +84,7 @@ impl<'a> Weights<'a> {
     /// [`CheckpointError`] where it is missing, misshapen or of a type that is not supported.
     pub fn load(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>, CheckpointError> {
         match &self.source {
-            Source::Gguf(gguf) => self.load_gguf(gguf, name, shape),
+            Source::Gguf(gguf) => Ok(self.gguf_matrix(gguf, name, shape)?.decode()),
             Source::Safetensors { shards, quantization } => {
                 let weight = self.stored(shards, name)?;
                 if let [outputs, inputs] = *shape
@@ -111,8 +122,9 @@ impl<'a> Weights<'a> {
         plain(name, &weight, &shape).map(LinearWeight::Full)
     }
 
-    /// Reads a matrix `[rows, columns]` as it is stored, where that is smaller than f32 and decodes
-    /// fast: safetensors in NF4, bf16 or f16. `None` for every other format.
+    /// Reads a matrix `[rows, columns]` as it is stored, where that is smaller than f32: NF4, bf16
+    /// and f16 of safetensors, every block type of GGUF. Its codes stay in the mapped file.
+    /// `None` for every other format.
     ///
     /// # Errors
     /// As [`Weights::load`], or [`Weights::load_linear`] where it is `linear`.
@@ -122,10 +134,16 @@ impl<'a> Weights<'a> {
         shape: [usize; 2],
         linear: bool,
     ) -> Result<Option<StoredMatrix>, CheckpointError> {
-        let Source::Safetensors { shards, .. } = &self.source else { return Ok(None) };
+        let shards = match &self.source {
+            Source::Safetensors { shards, .. } => shards,
+            Source::Gguf(gguf) => {
+                let matrix = self.gguf_matrix(gguf, name, &shape)?;
+                return Ok((!matrix.is_f32()).then_some(StoredMatrix::Blocks(matrix)));
+            }
+        };
         let weight = self.stored(shards, name)?;
         let dtype = match weight.dtype {
-            _ if is_packed(shards, name, weight.dtype) && linear => {
+            _ if is_packed(shards, name, weight.dtype) => {
                 return Ok(match self.load_linear(name, shape)? {
                     LinearWeight::Nf4(packed) => Some(StoredMatrix::Nf4(packed)),
                     LinearWeight::Full(_) => None,
@@ -139,7 +157,43 @@ impl<'a> Weights<'a> {
             self.check_unquantised(name, &weight)?;
         }
         check_shape(name, &weight, &shape)?;
-        Ok(HalfMatrix::new(shape, dtype, weight.data).map(StoredMatrix::Half))
+        Ok(HalfMatrix::new(shape, dtype, weight.bytes()).map(StoredMatrix::Half))
+    }
+
+    fn check_names(&self) -> Result<(), CheckpointError> {
+        let refused = match &self.source {
+            Source::Gguf(gguf) => {
+                names::refusal_of_gguf(self.config, gguf.tensors().map(|t| t.name.as_str()))
+            }
+            Source::Safetensors { shards, .. } => names::refusal(self.config, shards.names("")),
+        };
+        refused.map_or(Ok(()), |what| Err(CheckpointError::content(&self.path, what)))
+    }
+
+    /// The head is the embedding, or has a tensor of its own.
+    fn check_head(&self) -> Result<(), CheckpointError> {
+        let Source::Safetensors { shards, .. } = &self.source else { return Ok(()) };
+        let refuse = |what: &str| Err(CheckpointError::content(&self.path, what));
+        let head = shards.get("lm_head.weight");
+        if !self.config.tie_word_embeddings {
+            return match head {
+                Some(_) => Ok(()),
+                None => refuse(
+                    "`lm_head.weight` is missing, and config.json does not tie the head to the \
+                     embedding: set `tie_word_embeddings` if it should",
+                ),
+            };
+        }
+        let (Some(head), Some(embedding)) = (head, shards.get("model.embed_tokens.weight")) else {
+            return Ok(());
+        };
+        if head.dtype == embedding.dtype && head.data == embedding.data {
+            return Ok(());
+        }
+        refuse(
+            "`lm_head.weight` is another matrix than the embedding, and config.json ties the two: \
+             set `tie_word_embeddings` to false if the head should count",
+        )
     }
 
     /// Refuses a linear layer stored in full that the configuration does not name as such.
@@ -160,65 +214,36 @@ impl<'a> Weights<'a> {
 
     fn stored<'s>(&self, shards: &'s Shards, name: &str) -> Result<Stored<'s>, CheckpointError> {
         shards.get(name).ok_or_else(|| {
-            let other = shards.get(&format!("{}.qweight", module_of(name))).map_or(
-                "",
-                |_| " (there is a `qweight`: GPTQ and AWQ checkpoints are not supported)",
-            );
-            CheckpointError::content(&self.path, format!("tensor `{name}` is missing{other}"))
+            CheckpointError::content(&self.path, format!("tensor `{name}` is missing"))
         })
     }
 
-    /// llama.cpp's name of a tensor of this model: Gemma-2 names its four norms otherwise.
-    fn gguf_name(&self, name: &str) -> Option<String> {
-        let gemma_norm = || {
-            let (layer, norm) = name.strip_prefix("model.layers.")?.split_once('.')?;
-            let norm = match norm {
-                "post_attention_layernorm.weight" => "post_attention_norm",
-                "pre_feedforward_layernorm.weight" => "ffn_norm",
-                "post_feedforward_layernorm.weight" => "post_ffw_norm",
-                _ => return None,
-            };
-            Some(format!("blk.{layer}.{norm}.weight"))
-        };
-        let own = (self.config.family == Family::Gemma2).then(gemma_norm).flatten();
-        own.or_else(|| gguf_name(name))
-    }
-
-    fn load_gguf(
+    /// A tensor of that shape; a vector is a matrix of one row.
+    fn gguf_matrix(
         &self,
         gguf: &Gguf,
         name: &str,
         shape: &[usize],
-    ) -> Result<Vec<f32>, CheckpointError> {
+    ) -> Result<BlockMatrix, CheckpointError> {
         let fault = |what: String| CheckpointError::content(gguf.path(), what);
         let missing = || fault(format!("tensor `{name}` is missing"));
-        let stored = self.gguf_name(name).ok_or_else(missing)?;
+        let stored = names::of_gguf(self.config, name).ok_or_else(missing)?;
         let info = gguf.tensor(&stored).ok_or_else(missing)?;
         if !info.shape.iter().map(|s| *s as usize).eq(shape.iter().copied()) {
             let found = &info.shape;
             return Err(fault(format!("GGUF tensor `{stored}` is {found:?}, expected {shape:?}")));
         }
         let data = gguf.tensor_data(&stored)?;
-        let values = ggml::decode(info.dtype, data, shape.iter().product()).ok_or_else(|| {
-            fault(format!(
-                "GGUF tensor `{stored}` has type {:?}, which is not supported (supported: {}): \
-                 requantise it",
-                info.dtype,
-                ggml::DECODED
-            ))
-        })?;
-        // llama.cpp stores the rows of q and k of the family llama in pairs; Qwen2's as they are.
-        let heads = match stored.rsplit('.').nth(1) {
-            Some("attn_q") => Some(self.config.num_attention_heads),
-            Some("attn_k") => Some(self.config.num_key_value_heads),
-            _ => None,
+        // llama.cpp interleaves the halves of the heads of q and k in the family llama alone.
+        let rotated = matches!(stored.rsplit('.').nth(1), Some("attn_q" | "attn_k"));
+        let interleaved = rotated && self.config.family == Family::Llama;
+        let heads = interleaved.then_some(self.config.head_dim);
+        let matrix = match *shape {
+            [columns] => BlockMatrix::new([1, columns], info.dtype, data, None),
+            [rows, columns] => BlockMatrix::new([rows, columns], info.dtype, data, heads),
+            _ => Err("is no matrix".to_owned()),
         };
-        match heads {
-            Some(heads) if self.config.family == Family::Llama => {
-                Ok(unpermute(&values, heads, shape.get(1).copied().unwrap_or(1)))
-            }
-            _ => Ok(values),
-        }
+        matrix.map_err(|e| fault(format!("GGUF tensor `{stored}` {e}")))
     }
 }
 
@@ -261,18 +286,6 @@ fn check_shape(name: &str, weight: &Stored<'_>, shape: &[usize]) -> Result<(), C
     Err(CheckpointError::content(weight.path, message))
 }
 
-/// Undoes llama.cpp's row order: row `2i + j` of a head is row `j * d/2 + i` in transformers.
-fn unpermute(values: &[f32], heads: usize, width: usize) -> Vec<f32> {
-    let d = values.len() / width / heads;
-    let mut out = vec![0.0; values.len()];
-    for (row, source) in values.chunks_exact(width).enumerate() {
-        let (head, r) = (row / d, row % d);
-        let target = head * d + (r % 2) * (d / 2) + r / 2;
-        out[target * width..(target + 1) * width].copy_from_slice(source);
-    }
-    out
-}
-
 /// Little-endian tensor bytes as f32; `None` for types other than F32, F16 and BF16.
 pub fn to_f32(dtype: Dtype, data: &[u8]) -> Option<Vec<f32>> {
     let halves = || data.chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]]));
@@ -286,52 +299,4 @@ pub fn to_f32(dtype: Dtype, data: &[u8]) -> Option<Vec<f32>> {
 
 pub(crate) fn floats(data: &[u8]) -> Vec<f32> {
     data.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()
-}
-
-/// llama.cpp's name of a transformers tensor.
-pub fn gguf_name(name: &str) -> Option<String> {
-    let fixed = match name {
-        "model.embed_tokens.weight" => "token_embd.weight",
-        "model.norm.weight" => "output_norm.weight",
-        "lm_head.weight" => "output.weight",
-        _ => "",
-    };
-    if !fixed.is_empty() {
-        return Some(fixed.to_owned());
-    }
-    let (layer, rest) = name.strip_prefix("model.layers.")?.split_once('.')?;
-    let (module, kind) = rest.rsplit_once('.')?;
-    let module = match module {
-        "self_attn.q_proj" => "attn_q",
-        "self_attn.k_proj" => "attn_k",
-        "self_attn.v_proj" => "attn_v",
-        "self_attn.o_proj" => "attn_output",
-        "mlp.gate_proj" => "ffn_gate",
-        "mlp.up_proj" => "ffn_up",
-        "mlp.down_proj" => "ffn_down",
-        "input_layernorm" => "attn_norm",
-        "post_attention_layernorm" => "ffn_norm",
-        _ => return None,
-    };
-    Some(format!("blk.{layer}.{module}.{kind}"))
-}
-
-#[cfg(test)]
-#[allow(clippy::unwrap_used, reason = "tests")]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn rows_of_a_head_come_back_in_halves() {
-        // One head of four rows; llama.cpp interleaves the halves: 0, 2, 1, 3.
-        let stored = [0.0, 0.0, 2.0, 2.0, 1.0, 1.0, 3.0, 3.0];
-        assert_eq!(unpermute(&stored, 1, 2), [0.0, 0.0, 1.0, 1.0, 2.0, 2.0, 3.0, 3.0]);
-    }
-
-    #[test]
-    fn names_of_layers_translate() {
-        let name = gguf_name("model.layers.12.self_attn.q_proj.weight").unwrap();
-        assert_eq!(name, "blk.12.attn_q.weight");
-        assert_eq!(gguf_name("model.layers.0.other.weight"), None);
-    }
 }

@@ -136,13 +136,15 @@ pub(crate) fn token_text(config: &Value, key: &str) -> Option<String> {
 fn from_folder(dir: &Path) -> Result<Tokenizer, CheckpointError> {
     let path = dir.join("tokenizer.json");
     let text = std::fs::read(&path).map_err(|e| CheckpointError::io(&path, e))?;
-    let inner = tokenizers::Tokenizer::from_bytes(&text)
-        .map_err(|e| CheckpointError::content(&path, e.to_string()))?;
+    // What the post-processor puts in front of a text is what the model expects there.
+    let (inner, probe) = guarded(&path, || {
+        let inner = tokenizers::Tokenizer::from_bytes(&text).map_err(|e| e.to_string())?;
+        let probe = inner.encode("a", true).ok();
+        Ok((inner, probe))
+    })?;
     let config = read_json(&dir.join("tokenizer_config.json"))?;
     let id = |key: &str| token_text(&config, key).and_then(|t| inner.token_to_id(&t));
     let (bos, eos) = (id("bos_token"), id("eos_token"));
-    // What the post-processor puts in front of a text is what the model expects there.
-    let probe = inner.encode("a", true).ok();
     let adds_bos = bos.is_some() && probe.and_then(|p| p.get_ids().first().copied()) == bos;
     Ok(Tokenizer { inner, bos, eos, adds_bos })
 }
@@ -157,8 +159,9 @@ fn from_gguf(gguf: &Gguf) -> Result<Tokenizer, CheckpointError> {
             return Err(CheckpointError::content(gguf.path(), what));
         }
     };
-    let inner = serde_json::from_value::<tokenizers::Tokenizer>(whole)
-        .map_err(|e| CheckpointError::content(gguf.path(), format!("tokenizer: {e}")))?;
+    let inner = guarded(gguf.path(), || {
+        serde_json::from_value::<tokenizers::Tokenizer>(whole).map_err(|e| e.to_string())
+    })?;
     let id = |key: &str| gguf.u64(key).ok().and_then(|id| u32::try_from(id).ok());
     let says = gguf.metadata("tokenizer.ggml.add_bos_token").and_then(crate::Metadata::as_bool);
     Ok(Tokenizer {
@@ -211,6 +214,14 @@ fn bytes_of_gguf(gguf: &Gguf) -> Result<Value, CheckpointError> {
             "continuing_subword_prefix": null, "end_of_word_suffix": null, "fuse_unk": false,
             "byte_fallback": false, "ignore_merges": ignore_merges, "vocab": vocab, "merges": pairs},
     }))
+}
+
+/// Runs a reader of the library `tokenizers`, which panics on some files that it should refuse.
+fn guarded<T>(path: &Path, read: impl FnOnce() -> Result<T, String>) -> Result<T, CheckpointError> {
+    let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(read));
+    outcome
+        .unwrap_or_else(|_| Err("it makes no sense to the library `tokenizers`".to_owned()))
+        .map_err(|e| CheckpointError::content(path, format!("no tokenizer can be read: {e}")))
 }
 
 /// Normaliser, pre-tokenizer and `ignore_merges` behind llama.cpp's name for them, as the models'

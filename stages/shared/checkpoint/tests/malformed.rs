@@ -11,7 +11,8 @@ const NAME: &str = "zeros_double.weight";
 const SHAPE: [usize; 2] = [8, 64];
 const CONFIG: &str = r#"{"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 1,
     "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 64, "rms_norm_eps": 1e-6,
-    "max_position_embeddings": 64, "quantization_config": {"quant_method": "bitsandbytes",
+    "max_position_embeddings": 64, "tie_word_embeddings": true,
+    "quantization_config": {"quant_method": "bitsandbytes",
     "load_in_4bit": true, "bnb_4bit_quant_type": "nf4"}}"#;
 
 /// A change to a file.

@@ -71,6 +71,7 @@ fn config(quantization: Value) -> Value {
         "vocab_size": 64,
         "rms_norm_eps": 1e-6,
         "max_position_embeddings": 64,
+        "tie_word_embeddings": true,
         "quantization_config": quantization,
     })
 }
@@ -100,7 +101,7 @@ fn matrices_decode_bit_for_bit_as_in_bitsandbytes() {
     let golden = golden();
     let dir = folder(nf4_config(), &golden);
     let cases: Vec<&str> = golden.keys().filter_map(|n| n.strip_suffix(".decoded")).collect();
-    assert_eq!(cases.len(), 8);
+    assert_eq!(cases.len(), 15);
     for case in cases {
         let shape: [usize; 2] = golden[&format!("{case}.input")].1.clone().try_into().unwrap();
         let weight = linear(dir.path(), &format!("{case}.weight"), shape).unwrap();
@@ -187,22 +188,98 @@ fn quantisations_that_are_not_supported_are_named() {
     }
 }
 
+/// Reads `config.json` with one field changed.
+fn read_with(key: &str, value: Value) -> Result<ModelConfig, String> {
+    let dir = tempfile::tempdir().unwrap();
+    let mut config = config(nf4_config());
+    config[key] = value;
+    std::fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
+    let folder = ModelFolder::open(dir.path()).unwrap();
+    ModelConfig::read(&folder).map_err(|e| e.to_string())
+}
+
 #[test]
 fn models_that_are_not_supported_are_named() {
     let rope = |kind: &str| json!({"rope_type": kind, "factor": 8.0});
+    let nested = json!({"full_attention": {"rope_type": "default", "rope_theta": 1e6}});
     for (key, value, message) in [
         ("model_type", json!("mistral"), "model type `mistral`"),
+        ("model_type", json!("phi3"), "model type `phi3`"),
+        ("model_type", json!("qwen2_moe"), "model type `qwen2_moe`"),
+        ("model_type", json!("qwen3"), "choose a model of one of these families"),
+        ("model_type", json!("gemma3_text"), "model type `gemma3_text`"),
+        ("architectures", json!(["LlamaForSequenceClassification"]), "no model that generates"),
         ("rope_scaling", rope("llama3"), "rope scaling `llama3`"),
+        ("rope_scaling", rope("dynamic"), "rope scaling `dynamic`"),
+        ("rope_scaling", rope("longrope"), "rope scaling `longrope`"),
         ("rope_scaling", json!({"type": "linear", "factor": 2.0}), "rope scaling `linear`"),
+        ("rope_scaling", json!({"factor": 2.0}), "`rope_scaling.factor`"),
         ("rope_parameters", rope("yarn"), "rope scaling `yarn`"),
+        ("rope_parameters", nested, "`rope_parameters.full_attention`"),
+        ("partial_rotary_factor", json!(0.5), "a part of each head"),
+        ("attention_bias", json!(true), "`attention_bias`"),
+        ("mlp_bias", json!(true), "`mlp_bias`"),
+        ("use_sliding_window", json!(true), "`use_sliding_window`"),
+        ("layer_types", json!(["sliding_attention"]), "the type `sliding_attention`"),
+        ("hidden_act", json!("gelu"), "the activation `gelu`"),
+        ("quantization_config", json!({"quant_method": "fp8"}), "method `fp8`"),
+        ("quantization_config", json!({"quant_method": "compressed-tensors"}), "in 16 bits"),
     ] {
-        let dir = folder(nf4_config(), &golden());
-        let mut config = config(nf4_config());
-        config[key] = value;
-        std::fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
-        let error = linear(dir.path(), "plain.weight", [16, 64]).unwrap_err();
-        assert!(error.contains(message), "{error}");
+        let error = read_with(key, value).unwrap_err();
+        assert!(error.contains(message) && error.contains("config.json"), "{error}");
     }
+}
+
+#[test]
+fn the_base_of_the_rotary_frequencies_is_read_from_either_version() {
+    let theta = |key, value| read_with(key, value).unwrap().rope_theta;
+    let close = |a: f32, b: f32| a.to_bits() == b.to_bits();
+    assert!(close(theta("rope_theta", json!(1_000_000)), 1e6));
+    assert!(close(theta("rope_theta", Value::Null), 1e4));
+    let own = json!({"rope_type": "default", "rope_theta": 5e5, "factor": null});
+    assert!(close(theta("rope_parameters", own), 5e5));
+    assert!(close(theta("rope_scaling", json!({"type": "default"})), 1e4));
+}
+
+#[test]
+fn the_plain_four_bit_checkpoints_of_unsloth_are_read() {
+    // As in several copies of unsloth/Qwen2.5-3B-Instruct-bnb-4bit, and with the head listed.
+    for skipped in [Value::Null, json!([]), json!(["lm_head"])] {
+        let section = json!({"_load_in_4bit": true, "_load_in_8bit": false,
+            "bnb_4bit_compute_dtype": "bfloat16", "bnb_4bit_quant_storage": "uint8",
+            "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": true,
+            "llm_int8_enable_fp32_cpu_offload": false, "llm_int8_has_fp16_weight": false,
+            "llm_int8_skip_modules": skipped, "llm_int8_threshold": 6.0, "load_in_4bit": true,
+            "load_in_8bit": false, "quant_method": "bitsandbytes"});
+        let dir = folder(section, &golden());
+        let weight = linear(dir.path(), "double.weight", [24, 96]).unwrap();
+        assert!(matches!(weight, LinearWeight::Nf4(_)));
+    }
+}
+
+#[test]
+fn head_that_is_tied_in_the_configuration_alone_is_refused() {
+    let read = |tied: bool, head: Option<&str>| {
+        let golden = golden();
+        let mut tensors = Tensors::new();
+        let embedding = "model.embed_tokens.weight".to_owned();
+        tensors.insert(embedding, golden["plain.input"].clone());
+        if let Some(head) = head {
+            tensors.insert("lm_head.weight".to_owned(), golden[head].clone());
+        }
+        let dir = folder(nf4_config(), &tensors);
+        let mut config = config(nf4_config());
+        config["tie_word_embeddings"] = json!(tied);
+        std::fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
+        let folder = ModelFolder::open(dir.path()).unwrap();
+        let config = ModelConfig::read(&folder).unwrap();
+        Weights::open(&folder, &config).map(drop).map_err(|e| e.to_string())
+    };
+    read(true, None).unwrap();
+    read(true, Some("plain.input")).unwrap();
+    read(false, Some("double.input")).unwrap();
+    assert!(read(false, None).unwrap_err().contains("`lm_head.weight` is missing"));
+    assert!(read(true, Some("double.input")).unwrap_err().contains("another matrix"));
 }
 
 #[test]

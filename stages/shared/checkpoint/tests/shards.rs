@@ -24,7 +24,7 @@ fn folder() -> tempfile::TempDir {
     let config = json!({
         "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 1,
         "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 64,
-        "rms_norm_eps": 1e-6, "max_position_embeddings": 64,
+        "rms_norm_eps": 1e-6, "max_position_embeddings": 64, "tie_word_embeddings": true,
     });
     std::fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
     shard(dir.path(), A, &["a", "b"]);

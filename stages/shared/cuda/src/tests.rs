@@ -199,7 +199,7 @@ fn four_bit_weights_decode_to_the_bits_of_the_cpu() {
     for device in gpus() {
         for own in [FloatType::F32, FloatType::Bf16, FloatType::F16] {
             let nested = NestedAbsmax {
-                codes: bytes(blocks, 11),
+                codes: bytes(blocks, 11).into(),
                 map: Box::new(checkpoint::dynamic_map(true)),
                 absmax: numbers(Dtype::F32, blocks.div_ceil(256), 12, 0.05),
                 offset: 0.06,
@@ -208,7 +208,7 @@ fn four_bit_weights_decode_to_the_bits_of_the_cpu() {
             let plain = numbers(Dtype::F32, blocks, 13, 0.1);
             for absmax in [Absmax::Nested(nested), Absmax::Plain(plain)] {
                 let codes = bytes(outputs * inputs / 2, 14);
-                let weight = Nf4::new([outputs, inputs], 64, own, codes, absmax).unwrap();
+                let weight = Nf4::new([outputs, inputs], 64, own, codes.into(), absmax).unwrap();
                 let wanted = device.dtype.encode(&weight.decode());
                 let linear = Linear::upload(&device, LinearWeight::Nf4(weight)).unwrap();
                 assert!(matches!(linear, Linear::Nf4 { .. }));

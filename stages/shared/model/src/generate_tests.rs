@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use checkpoint::{GgmlType, GgufWriter, ModelConfig, ModelFolder, gguf_name, gguf_rows, to_f32};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 
@@ -55,6 +56,32 @@ fn generated(model: &Model, adapter: &Adapter) -> Vec<Generated> {
     rows
 }
 
+/// A large model decodes its matrices whenever they are used.
+fn as_in_a_large_model(mut model: Model) -> Model {
+    for matrix in model.layers.iter_mut().flat_map(|layer| &mut layer.projections) {
+        *matrix = matrix.not_kept();
+    }
+    model.embed_tokens = model.embed_tokens.not_kept();
+    model.lm_head = model.lm_head.map(|head| head.not_kept());
+    model
+}
+
+fn bits(values: Vec<f32>) -> Vec<u32> {
+    values.into_iter().map(f32::to_bits).collect()
+}
+
+/// Bits of logits, loss and gradient.
+fn results(model: &Model, adapter: &Adapter) -> (Vec<u32>, u64, Vec<u32>) {
+    let tokens: Vec<i32> = (0..40).map(|i| i * 11 % 500).collect();
+    let targets: Vec<i32> = tokens.iter().map(|t| (t + 1) % 500).collect();
+    let cu_seqlens = &[0, 25, 40];
+    let logits = model.logits(Some(adapter), &tokens, cu_seqlens).unwrap();
+    let mut grad = vec![0.0; adapter.values.len()];
+    let batch = MicroBatch { tokens: &tokens, cu_seqlens, targets: &targets };
+    let loss = model.loss_and_grad(adapter, batch, 0.5, None, &mut grad).unwrap();
+    (bits(logits), loss.sum.to_bits(), bits(grad))
+}
+
 #[test]
 fn stored_weights_give_the_bits_of_decoded_ones() {
     for family in ["llama", "qwen2", "gemma2"] {
@@ -63,20 +90,73 @@ fn stored_weights_give_the_bits_of_decoded_ones() {
         assert!(matches!(full.layers[0].projections[0], Matrix::Full(_)));
         assert_eq!(stored.weight_bytes() * 2, full.weight_bytes());
         let adapter = Adapter::load_peft(&fixture(&format!("{family}/adapter")), &full).unwrap();
-        let tokens: Vec<i32> = (0..40).map(|i| i * 11 % 500).collect();
-        let bits = |model: &Model| -> Vec<u32> {
-            let logits = model.logits(Some(&adapter), &tokens, &[0, 25, 40]).unwrap();
-            logits.into_iter().map(f32::to_bits).collect()
-        };
-        assert_eq!(bits(&stored), bits(&full), "{family}");
-        let gradient = |model: &Model| -> (u64, Vec<u32>) {
-            let mut grad = vec![0.0; adapter.values.len()];
-            let targets: Vec<i32> = tokens.iter().map(|t| (t + 1) % 500).collect();
-            let batch = MicroBatch { tokens: &tokens, cu_seqlens: &[0, 40], targets: &targets };
-            let loss = model.loss_and_grad(&adapter, batch, 0.5, None, &mut grad).unwrap();
-            (loss.sum.to_bits(), grad.into_iter().map(f32::to_bits).collect())
-        };
-        assert_eq!(gradient(&stored), gradient(&full), "{family}");
+        let expected = results(&full, &adapter);
+        // Twice: values that were kept are used again.
+        assert_eq!(results(&stored, &adapter), expected, "{family}");
+        assert_eq!(results(&stored, &adapter), expected, "{family}");
+        assert_eq!(results(&as_in_a_large_model(stored), &adapter), expected, "{family}");
+    }
+}
+
+/// The tiny Llama with its matrices in one of ggml's types, as GGUF, and decoded as safetensors.
+fn quantised(dtype: GgmlType) -> [tempfile::TempDir; 2] {
+    let source = fixture("llama/f32");
+    let config = ModelFolder::open(&source).and_then(|f| ModelConfig::read(&f)).unwrap();
+    let bytes = std::fs::read(source.join("model.safetensors")).unwrap();
+    let mut writer = GgufWriter::new();
+    writer.str("general.architecture", "llama");
+    for (key, value) in [
+        ("block_count", config.num_hidden_layers),
+        ("context_length", config.max_position_embeddings),
+        ("embedding_length", config.hidden_size),
+        ("feed_forward_length", config.intermediate_size),
+        ("attention.head_count", config.num_attention_heads),
+        ("attention.head_count_kv", config.num_key_value_heads),
+    ] {
+        writer.u32(&format!("llama.{key}"), value as u32);
+    }
+    writer.f32("llama.attention.layer_norm_rms_epsilon", config.rms_norm_eps);
+    writer.f32("llama.rope.freq_base", config.rope_theta);
+    let (mut blocks, mut decoded) = (Vec::new(), Vec::new());
+    for (name, view) in SafeTensors::deserialize(&bytes).unwrap().tensors() {
+        let values = to_f32(view.dtype(), view.data()).unwrap();
+        let (shape, own) = (view.shape().to_vec(), gguf_name(&name).unwrap());
+        let dtype = if shape.len() == 1 { GgmlType::F32 } else { dtype };
+        writer.tensor(&own, dtype, &shape).unwrap();
+        let width = shape[shape.len() - 1];
+        let encoded = dtype.encode(&values).unwrap();
+        let rounded = dtype.decode(&encoded, values.len()).unwrap();
+        blocks.push(dtype.encode(&gguf_rows(&config, &own, values, width)).unwrap());
+        let rounded: Vec<u8> = rounded.iter().flat_map(|v| v.to_le_bytes()).collect();
+        decoded.push((name, shape, rounded));
+    }
+    let dirs = [(), ()].map(|()| tempfile::tempdir().unwrap());
+    let mut file = std::fs::File::create(dirs[0].path().join("model.gguf")).unwrap();
+    writer.write(&mut file, |i| Ok::<_, std::io::Error>(blocks[i].clone())).unwrap();
+    let views = decoded.iter().map(|(name, shape, data)| {
+        (name.as_str(), TensorView::new(Dtype::F32, shape.clone(), data).unwrap())
+    });
+    let whole = safetensors::serialize(views, None).unwrap();
+    std::fs::write(dirs[1].path().join("model.safetensors"), whole).unwrap();
+    std::fs::copy(source.join("config.json"), dirs[1].path().join("config.json")).unwrap();
+    dirs
+}
+
+#[test]
+fn blocks_of_gguf_give_the_bits_of_decoded_weights() {
+    for dtype in [GgmlType::Q4_0, GgmlType::Q8_0, GgmlType::F16, GgmlType::BF16, GgmlType::F32] {
+        let [stored, full] = quantised(dtype).map(|dir| Model::load(dir.path()).unwrap());
+        let projections = || stored.layers.iter().flat_map(|layer| &layer.projections);
+        let in_blocks = projections().all(|m| matches!(m, Matrix::Stored(_)));
+        assert_eq!(in_blocks, dtype != GgmlType::F32, "{dtype:?}");
+        let adapter = Adapter::load_peft(&fixture("llama/adapter"), &full).unwrap();
+        let expected = results(&full, &adapter);
+        assert_eq!(results(&stored, &adapter), expected, "{dtype:?}");
+        let tokens = generated(&full, &adapter);
+        assert_eq!(generated(&stored, &adapter), tokens, "{dtype:?}");
+        let stored = as_in_a_large_model(stored);
+        assert_eq!(results(&stored, &adapter), expected, "{dtype:?}");
+        assert_eq!(generated(&stored, &adapter), tokens, "{dtype:?}");
     }
 }
 
@@ -90,18 +170,14 @@ fn fixture_nf4_weights_give_the_bits_of_decoded_ones() {
     for family in ["llama", "qwen2"] {
         let folder = fixtures.join("tiny-models").join(family);
         let [stored, mut full] = [(), ()].map(|()| Model::load(&folder.join("nf4")).unwrap());
+        let stored = as_in_a_large_model(stored);
         for matrix in full.layers.iter_mut().flat_map(|layer| &mut layer.projections) {
             assert!(matches!(matrix, Matrix::Stored(_)));
             let values = matrix.pin().view().values().into_owned();
             *matrix = Matrix::full(values, matrix.dims());
         }
         let adapter = Adapter::load_peft(&folder.join("adapter"), &full).unwrap();
-        let tokens: Vec<i32> = (0..40).map(|i| i * 11 % 500).collect();
-        let bits = |model: &Model| -> Vec<u32> {
-            let logits = model.logits(Some(&adapter), &tokens, &[0, 25, 40]).unwrap();
-            logits.into_iter().map(f32::to_bits).collect()
-        };
-        assert_eq!(bits(&stored), bits(&full), "{family}");
+        assert_eq!(results(&stored, &adapter), results(&full, &adapter), "{family}");
         assert_eq!(generated(&stored, &adapter), generated(&full, &adapter), "{family}");
     }
 }
@@ -110,6 +186,7 @@ fn fixture_nf4_weights_give_the_bits_of_decoded_ones() {
 fn tokens_are_the_same_with_and_without_room_for_f32() {
     let [stored, full] = rounded("qwen2").map(|dir| Model::load(dir.path()).unwrap());
     let adapter = Adapter::load_peft(&fixture("qwen2/adapter"), &full).unwrap();
+    let stored = as_in_a_large_model(stored);
     let cramped = PackedWeights::with_layers(&stored, &stored.pin(), false);
     assert!(cramped.layers.is_empty());
     assert!(stored.packed.set(cramped).is_ok());

@@ -5,7 +5,6 @@
 //! how it started means the same wherever it is loaded onto them: here as in PEFT.
 
 use std::borrow::Cow;
-use std::sync::Arc;
 
 use checkpoint::{FloatType, Nf4, StoredMatrix};
 use kernels::elementwise;
@@ -93,7 +92,7 @@ impl Model {
     fn loftq_weights(&self, adapter: &Adapter, iterations: u32) -> Result<Vec<Nf4>, ModelError> {
         let has_four_bits = |factor: &&Factor| {
             let matrix = &self.layers[factor.layer].projections[factor.projection];
-            matches!(matrix, Matrix::Stored(stored) if matches!(**stored, StoredMatrix::Nf4(_)))
+            matches!(matrix, Matrix::Stored(stored) if stored.is_nf4())
         };
         if let Some(factor) = adapter.factors.iter().find(has_four_bits) {
             let name = &factor.name;
@@ -112,7 +111,7 @@ impl Model {
 
     fn replace(&mut self, adapter: &Adapter, quantised: Vec<Nf4>) {
         for (factor, nf4) in adapter.factors.iter().zip(quantised) {
-            let matrix = Matrix::Stored(Arc::new(StoredMatrix::Nf4(nf4)));
+            let matrix = Matrix::stored(StoredMatrix::Nf4(nf4), true);
             self.layers[factor.layer].projections[factor.projection] = matrix;
         }
         self.packed.take();

@@ -1,27 +1,38 @@
-//! Frozen matrices: in f32, or as the checkpoint stores them and decoded whenever they are used.
+//! Frozen matrices: in f32, or as the checkpoint stores them and decoded when they are used.
 //!
 //! Decoding gives the same values every time, so that where a matrix lies changes no result.
 
 use std::borrow::Cow;
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use burn::tensor::{Device, Tensor, TensorData};
-use checkpoint::{StoredMatrix, Weights};
+use checkpoint::{ModelConfig, StoredMatrix, Weights};
 use rayon::prelude::*;
 
 use crate::ModelError;
+use crate::adapter::{PROJECTIONS, projection_shape};
 use crate::decoder::Memory;
 
 /// Values that one thread decodes at a time.
 const CHUNK: usize = 1 << 16;
+/// A model whose matrices take no more than this in f32 is decoded once, when it is first used: a
+/// larger one whenever it is used. That changes speed and memory, never a value.
+const KEPT_BYTES: usize = 1 << 30;
 
 /// A frozen matrix `[rows, columns]`.
 pub enum Matrix {
     /// In f32.
     Full(Box<Tensor<2>>),
-    /// In four or 16 bits.
-    Stored(Arc<StoredMatrix>),
+    /// As its file has it.
+    Stored(Arc<Stored>),
+}
+
+/// A matrix in its stored form.
+pub struct Stored {
+    matrix: StoredMatrix,
+    /// The values in f32 once they were used, where they are kept.
+    kept: Option<OnceLock<Vec<f32>>>,
 }
 
 impl Matrix {
@@ -29,6 +40,10 @@ impl Matrix {
     pub(crate) fn full(values: Vec<f32>, shape: [usize; 2]) -> Self {
         let tensor = Tensor::from_data(TensorData::new(values, shape), &Device::flex());
         Self::Full(Box::new(tensor))
+    }
+
+    pub(crate) fn stored(matrix: StoredMatrix, keep: bool) -> Self {
+        Self::Stored(Arc::new(Stored { matrix, kept: keep.then(OnceLock::new) }))
     }
 
     /// Reads the matrix `name`, which is the weight of a linear layer or not.
@@ -39,7 +54,7 @@ impl Matrix {
         linear: bool,
     ) -> Result<Self, ModelError> {
         if let Some(stored) = weights.load_stored(name, shape, linear)? {
-            return Ok(Self::Stored(Arc::new(stored)));
+            return Ok(Self::stored(stored, is_kept(weights.config())));
         }
         let values = if linear {
             weights.load_linear(name, shape)?.into_f32()
@@ -49,19 +64,28 @@ impl Matrix {
         Ok(Self::full(values, shape))
     }
 
+    /// The same, decoded whenever it is used, as in a large model.
+    #[cfg(test)]
+    pub(crate) fn not_kept(&self) -> Self {
+        match self {
+            Self::Full(tensor) => Self::Full(tensor.clone()),
+            Self::Stored(stored) => Self::stored(stored.matrix.clone(), false),
+        }
+    }
+
     /// `[rows, columns]`.
     pub fn dims(&self) -> [usize; 2] {
         match self {
             Self::Full(tensor) => tensor.dims(),
-            Self::Stored(stored) => stored.shape(),
+            Self::Stored(stored) => stored.matrix.shape(),
         }
     }
 
-    /// Bytes in memory.
+    /// Bytes of the matrix as it was loaded.
     pub fn bytes(&self) -> usize {
         match self {
             Self::Full(tensor) => tensor.dims().iter().product::<usize>() * size_of::<f32>(),
-            Self::Stored(stored) => stored.bytes(),
+            Self::Stored(stored) => stored.matrix.bytes(),
         }
     }
 
@@ -70,8 +94,7 @@ impl Matrix {
         match self {
             Self::Full(tensor) => tensor.as_ref().clone(),
             Self::Stored(stored) => {
-                let values = decode(stored, 0..stored.shape()[0]);
-                let data = TensorData::new(values, stored.shape());
+                let data = TensorData::new(stored.values().into_owned(), self.dims());
                 Tensor::from_data(data, &Device::flex())
             }
         }
@@ -86,10 +109,43 @@ impl Matrix {
     }
 }
 
+impl Stored {
+    /// Whether it is in NF4.
+    pub(crate) fn is_nf4(&self) -> bool {
+        matches!(self.matrix, StoredMatrix::Nf4(_))
+    }
+
+    fn values(&self) -> Cow<'_, [f32]> {
+        let decode = || decode(&self.matrix, 0..self.matrix.shape()[0]);
+        let Some(kept) = &self.kept else { return Cow::Owned(decode()) };
+        // Decoded before the cell is taken: a thread that waits inside for its helpers may be given
+        // work that wants the same cell.
+        let values = if let Some(values) = kept.get() {
+            values
+        } else {
+            let values = decode();
+            kept.get_or_init(|| values)
+        };
+        Cow::Borrowed(values)
+    }
+}
+
+/// Whether the values of a model's matrices are kept in f32 once they were decoded.
+fn is_kept(config: &ModelConfig) -> bool {
+    let layer = (0..PROJECTIONS.len()).fold(0_usize, |sum, projection| {
+        let (inputs, outputs) = projection_shape(config, projection);
+        sum.saturating_add(inputs.saturating_mul(outputs))
+    });
+    let tables = if config.tie_word_embeddings { 1 } else { 2 };
+    let outer = config.vocab_size.saturating_mul(tables * config.hidden_size);
+    let values = layer.saturating_mul(config.num_hidden_layers).saturating_add(outer);
+    values <= KEPT_BYTES / size_of::<f32>()
+}
+
 /// A share of a matrix's memory.
 pub(crate) enum PinnedMatrix {
     Full(Memory),
-    Stored(Arc<StoredMatrix>),
+    Stored(Arc<Stored>),
 }
 
 impl PinnedMatrix {
@@ -107,7 +163,7 @@ impl PinnedMatrix {
 pub(crate) enum MatrixView<'a> {
     /// Row-major.
     Full(&'a [f32]),
-    Stored(&'a StoredMatrix),
+    Stored(&'a Stored),
 }
 
 impl<'a> MatrixView<'a> {
@@ -115,7 +171,7 @@ impl<'a> MatrixView<'a> {
     pub(crate) fn values(self) -> Cow<'a, [f32]> {
         match self {
             Self::Full(values) => Cow::Borrowed(values),
-            Self::Stored(stored) => Cow::Owned(decode(stored, 0..stored.shape()[0])),
+            Self::Stored(stored) => stored.values(),
         }
     }
 
@@ -123,7 +179,7 @@ impl<'a> MatrixView<'a> {
     pub(crate) fn rows(self, rows: Range<usize>, width: usize) -> Vec<f32> {
         match self {
             Self::Full(values) => values[rows.start * width..rows.end * width].to_vec(),
-            Self::Stored(stored) => decode(stored, rows),
+            Self::Stored(stored) => decode(&stored.matrix, rows),
         }
     }
 
@@ -136,16 +192,19 @@ impl<'a> MatrixView<'a> {
                 for token in tokens {
                     let end = out.len();
                     out.resize(end + width, 0.0);
-                    stored.decode_rows(token..token + 1, &mut out[end..]);
+                    stored.matrix.decode_rows(token..token + 1, &mut out[end..]);
                 }
                 out
             }
         }
     }
 
-    /// Whether the values lie in memory in f32.
+    /// Whether the values stay in memory in f32.
     pub(crate) fn is_full(self) -> bool {
-        matches!(self, Self::Full(_))
+        match self {
+            Self::Full(_) => true,
+            Self::Stored(stored) => stored.kept.is_some(),
+        }
     }
 }
 

@@ -219,11 +219,20 @@ impl Adapter {
             use_dora: config.use_dora,
             loftq_iter: config.loftq_iter(),
         };
-        let mut adapter = Self::zeros(model, &lora)?;
         let path = folder.join(WEIGHTS);
         let raw = fs::read(&path).map_err(|e| ModelError::io("read", &path, e))?;
         let fault = |message: String| ModelError::Input(format!("{}: {message}", path.display()));
         let file = SafeTensors::deserialize(&raw).map_err(|e| fault(e.to_string()))?;
+        // Before anything of that size is made: the file bounds what the rank can truly be.
+        let factors = file.iter().filter(|(name, _)| name.ends_with("lora_A.weight"));
+        let ranks: Vec<_> = factors.map(|(_, view)| view.shape().first().copied()).collect();
+        if ranks.is_empty() || ranks.iter().any(|rank| *rank != Some(lora.r)) {
+            let message = format!("its factors are not of the rank {} of {CONFIG}", lora.r);
+            return Err(fault(message));
+        }
+        let of_config =
+            |e: ModelError| ModelError::Input(format!("{}: {e}", folder.join(CONFIG).display()));
+        let mut adapter = Self::zeros(model, &lora).map_err(of_config)?;
         let Self { factors, values, .. } = &mut adapter;
         let mut used = 0;
         for f in factors.iter() {
