@@ -246,6 +246,11 @@ impl Partial {
         Ok(())
     }
 
+    /// Another handle of the file.
+    pub(crate) fn file(&self) -> std::io::Result<File> {
+        self.file.try_clone()
+    }
+
     /// Takes bytes at a place, for a server that gives no parts.
     pub(crate) fn write_at(&self, bytes: &[u8], from: u64) -> Result<(), CacheError> {
         self.file.write_all_at(bytes, from).map_err(|e| CacheError::io("write", &self.path, e))

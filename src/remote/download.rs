@@ -25,6 +25,8 @@ const HEAVY_REQUESTS: usize = 8;
 /// Parts of one object, and big objects, on their way at the same time.
 const PARTS: usize = 4;
 const BIG_OBJECTS: usize = 3;
+/// Parts of one object after which the disk begins to flush them.
+const FLUSHED_TOGETHER: usize = 3;
 /// A listing beyond this is none.
 const MAX_LISTING: u64 = 256 << 20;
 /// How often a transfer by another process is looked at.
@@ -213,6 +215,7 @@ impl Transfer<'_> {
         let store = &self.store.store;
         // After a failure, what is on its way still arrives, for the next attempt.
         let (mut result, stop) = (Ok(()), &AtomicBool::new(false));
+        let mut arrived_parts = 0_usize;
         let mut arriving = stream::iter(missing)
             .map(|(part, range)| async move {
                 if stop.load(Ordering::Relaxed) {
@@ -237,6 +240,10 @@ impl Transfer<'_> {
                 Ok(Some((part, found))) => {
                     partial.put(part, &found)?;
                     self.advance(found.len() as u64);
+                    arrived_parts += 1;
+                    if arrived_parts.is_multiple_of(FLUSHED_TOGETHER) {
+                        self.disk.flush(partial);
+                    }
                     continue;
                 }
                 Err(object_store::Error::NotFound { .. }) => self.missing(digest, "is missing"),
