@@ -211,7 +211,7 @@ fn parts_or_variable(schema: &mut Value) {
             ("additionalProperties" | "items", part) => or_variable(part),
             ("prefixItems", Value::Array(parts)) => parts.iter_mut().for_each(or_variable),
             ("anyOf" | "oneOf", Value::Array(cases)) => {
-                cases.iter_mut().for_each(parts_or_variable)
+                cases.iter_mut().for_each(parts_or_variable);
             }
             _ => {}
         }

@@ -29,7 +29,7 @@ enum Job {
     /// A file of which much has arrived: what is flushed now need not be at the end.
     Flush(File),
     /// A big object that is to be checked; the answer says whether it took its place.
-    Big(Partial, Digest, oneshot::Sender<Result<(), CacheError>>),
+    Big(Box<Partial>, Digest, oneshot::Sender<Result<(), CacheError>>),
 }
 
 /// What arrives on the other side of a [`Disk`].
@@ -66,7 +66,7 @@ impl Disk {
     pub(super) async fn big(&self, partial: Partial, digest: Digest) -> Result<(), CacheError> {
         let gone = || CacheError::Unfit("the disk has given up".to_owned());
         let (answer, answered) = oneshot::channel();
-        self.jobs.send(Job::Big(partial, digest, answer)).map_err(|_| gone())?;
+        self.jobs.send(Job::Big(Box::new(partial), digest, answer)).map_err(|_| gone())?;
         answered.await.map_err(|_| gone())?
     }
 }
@@ -95,7 +95,7 @@ pub(super) fn keep(cache: &Cache, Arriving(mut jobs): Arriving) -> Result<(), Ca
             }
             Job::Flush(file) => drop(file.sync_data()),
             // Who asked may be gone: interrupted.
-            Job::Big(partial, digest, answer) => drop(answer.send(cache.adopt(partial, digest))),
+            Job::Big(partial, digest, answer) => drop(answer.send(cache.adopt(*partial, digest))),
         }
     }
     batch.map_or(Ok(()), Batch::commit)

@@ -94,7 +94,9 @@ pub(crate) fn html(title: &str, blocks: &[Block]) -> String {
          <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n\
          <title>{title}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n<h1>{title}</h1>\n"
     );
-    blocks.iter().for_each(|block| html_block(block, &mut out));
+    for block in blocks {
+        html_block(block, &mut out);
+    }
     out.push_str("</main>\n</body>\n</html>\n");
     out
 }
