@@ -4,6 +4,7 @@
 //! runner asks the same [`Planner::decide`] once a stage's inputs are known, so that plan and run
 //! cannot disagree.
 
+mod change;
 mod files;
 mod history;
 mod reason;
@@ -14,6 +15,7 @@ use std::sync::Arc;
 
 use serde::Serialize;
 
+pub(crate) use change::beside;
 pub use files::FileChanges;
 pub use history::Comparison;
 pub use reason::Reason;

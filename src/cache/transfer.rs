@@ -10,6 +10,8 @@ use std::path::{Path, PathBuf};
 use super::{Cache, CacheError, WorkDir, durable};
 use crate::digest::{Digest, Fingerprint};
 
+/// Bytes of a part that are hashed at a time.
+const PIECE: usize = 256 << 10;
 /// So many folders are flushed by themselves.
 const FEW_FOLDERS: usize = 8;
 
@@ -237,21 +239,33 @@ impl Partial {
         open.map(|(i, _)| (i, range(i))).collect()
     }
 
-    /// Takes a part.
-    pub(crate) fn put(&mut self, part: usize, bytes: &[u8]) -> Result<(), CacheError> {
-        let from = part as u64 * self.part_bytes;
-        let write = || {
-            self.file.write_all_at(bytes, from)?;
-            // The mark comes after the bytes; a power cut in between is caught by the digest.
-            self.mark_file.write_all_at(&[1], part as u64)
-        };
-        write().map_err(|e| CacheError::io("write", &self.path, e))?;
+    /// A part was written: marks it, and hashes what is whole from the beginning on.
+    pub(crate) fn arrived(&mut self, part: usize) -> Result<(), CacheError> {
+        // The mark comes after the bytes; a power cut in between is caught by the digest.
+        let marked = self.mark_file.write_all_at(&[1], part as u64);
         self.arrived[part] = true;
-        if part == self.hashed {
-            self.hasher.update(bytes);
+        marked.and_then(|()| self.absorb()).map_err(|e| CacheError::io("write", &self.path, e))
+    }
+
+    fn absorb(&mut self) -> std::io::Result<()> {
+        let mut buffer = vec![0; PIECE];
+        while self.arrived.get(self.hashed) == Some(&true) {
+            let mut at = self.hashed as u64 * self.part_bytes;
+            let end = self.bytes.min(at + self.part_bytes);
+            while at < end {
+                let piece = &mut buffer[..PIECE.min((end - at) as usize)];
+                self.file.read_exact_at(piece, at)?;
+                self.hasher.update(piece);
+                at += piece.len() as u64;
+            }
             self.hashed += 1;
         }
         Ok(())
+    }
+
+    /// Another handle of the file.
+    pub(crate) fn file(&self) -> std::io::Result<File> {
+        self.file.try_clone()
     }
 
     /// Takes bytes at a place, for a server that gives no parts.

@@ -10,6 +10,7 @@ use super::{CommandError, Context};
 use crate::display::{self, table};
 use crate::exit_code;
 use crate::fingerprint::canonical;
+use crate::plan::beside;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
@@ -35,8 +36,7 @@ pub(super) fn run(context: &Context<'_>, args: &Args) -> Result<u8, CommandError
     let (mut rows, mut listed) = (Vec::new(), Vec::new());
     for (name, a, b) in Side::pairs(&from, &to) {
         for (path, before, after) in differing(a, b) {
-            let cell = |v: &Option<Value>| v.as_ref().map_or("-".to_owned(), Value::to_string);
-            let (was, is) = (cell(&before), cell(&after));
+            let (was, is) = beside(before.as_ref(), after.as_ref(), "-");
             rows.push(vec![name.clone(), path.clone(), was, "->".to_owned(), is]);
             listed.push(json!({"stage": name, "param": path, "before": before, "after": after}));
         }

@@ -10,6 +10,7 @@ use crate::cache::unix_seconds;
 use crate::digest::Fingerprint;
 use crate::display::{self, duration, table};
 use crate::exit_code;
+use crate::plan::beside;
 use crate::runs::{RunRecord, RunStatus};
 
 #[derive(Debug, clap::Args)]
@@ -135,8 +136,8 @@ fn compare(project: &Project, from: &Side, to: &Side) -> Result<(String, Value),
         let (mut params_json, mut metrics_json) = (Vec::new(), Vec::new());
         if let (Some(_), Some(_), false) = (a, b, verdict == "same") {
             for (path, before, after) in params::differing(a, b) {
-                let cell = |v: &Option<Value>| v.as_ref().map_or("-".to_owned(), Value::to_string);
-                details.push(vec![name.clone(), path.clone(), cell(&before), cell(&after)]);
+                let (was, is) = beside(before.as_ref(), after.as_ref(), "-");
+                details.push(vec![name.clone(), path.clone(), was, is]);
                 params_json.push(json!({"param": path, "before": before, "after": after}));
             }
             for change in metrics::differing(project, a, b)? {

@@ -41,7 +41,10 @@ impl Profile {
         let mut parts = self.set.clone();
         parts.extend(self.cache.iter().map(|dir| format!("cache {}", dir.display())));
         parts.extend(self.remote.iter().map(|change| format!("remote {change}")));
-        parts.extend(self.jobs.iter().map(|jobs| format!("{jobs} jobs")));
+        parts.extend(self.jobs.iter().map(|jobs| match jobs {
+            1 => "1 job".to_owned(),
+            jobs => format!("{jobs} jobs"),
+        }));
         let changes =
             if parts.is_empty() { "changes nothing".to_owned() } else { parts.join(", ") };
         format!("profile {}: {changes}", self.name)

@@ -6,6 +6,7 @@ use std::fmt;
 use serde::Serialize;
 use serde_json::Value;
 
+use super::change::beside;
 use super::files::FileChanges;
 use crate::digest::Digest;
 use crate::fingerprint::{Identity, canonical};
@@ -185,18 +186,6 @@ fn params(path: &str, old: Option<&Value>, new: Option<&Value>, found: &mut Vec<
     }
 }
 
-/// At most this many characters of a value are shown.
-const SHOWN: usize = 60;
-
-fn shown(value: Option<&Value>) -> String {
-    let text = value.map_or_else(|| "(absent)".to_owned(), Value::to_string);
-    if text.chars().count() <= SHOWN {
-        return text;
-    }
-    let cut: String = text.chars().take(SHOWN).collect();
-    format!("{cut}…")
-}
-
 impl fmt::Display for Reason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fn or<'a>(text: Option<&'a String>, none: &'a str) -> &'a str {
@@ -207,7 +196,8 @@ impl fmt::Display for Reason {
             Self::NotCached => write!(f, "its record is no longer in the cache"),
             Self::Forced => write!(f, "forced"),
             Self::Param { path, old, new } => {
-                write!(f, "{path}: {} -> {}", shown(old.as_ref()), shown(new.as_ref()))
+                let (old, new) = beside(old.as_ref(), new.as_ref(), "(absent)");
+                write!(f, "{path}: {old} -> {new}")
             }
             Self::Input { input, old, new, from, files } => {
                 let (old, new) = (or(old.as_ref(), "(absent)"), or(new.as_ref(), "(absent)"));
@@ -226,7 +216,8 @@ impl fmt::Display for Reason {
                 )
             }
             Self::Source { old, new } => {
-                write!(f, "pinned source: {} -> {}", shown(old.as_ref()), shown(new.as_ref()))
+                let (old, new) = beside(old.as_ref(), new.as_ref(), "(absent)");
+                write!(f, "pinned source: {old} -> {new}")
             }
             Self::SourceUnresolved => write!(f, "its source is not pinned in the lock file yet"),
             Self::Upstream { stage } => write!(f, "stage {stage} ran as something else"),

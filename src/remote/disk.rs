@@ -1,6 +1,7 @@
 //! What arrives goes to the disk on a thread of its own, so that the network does not wait while the
 //! disk flushes.
 
+use std::fs::File;
 use std::sync::Arc;
 
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
@@ -25,6 +26,8 @@ pub(super) struct Disk {
 enum Job {
     /// An object whose digest was checked.
     Whole(Digest, Vec<u8>, OwnedSemaphorePermit),
+    /// A file of which much has arrived: what is flushed now need not be at the end.
+    Flush(File),
     /// A big object that is to be checked; the answer says whether it took its place.
     Big(Box<Partial>, Digest, oneshot::Sender<Result<(), CacheError>>),
 }
@@ -46,6 +49,14 @@ impl Disk {
         let kib = u32::try_from((bytes.len() >> 10) + 1).unwrap_or(u32::MAX).min(WAITING as u32);
         let room = Arc::clone(&self.room).acquire_many_owned(kib).await.map_err(|_| gone())?;
         self.jobs.send(Job::Whole(digest, bytes, room)).map_err(|_| gone())
+    }
+
+    /// Has what has arrived of a big object flushed while the rest is on its way.
+    pub(super) fn flush(&self, partial: &Partial) {
+        if let Ok(file) = partial.file() {
+            // Nobody to flush it is no fault: adopting does.
+            let _ = self.jobs.send(Job::Flush(file));
+        }
     }
 
     /// Gives a big object its place.
@@ -82,6 +93,7 @@ pub(super) fn keep(cache: &Cache, Arriving(mut jobs): Arriving) -> Result<(), Ca
                     batch = Some(open);
                 }
             }
+            Job::Flush(file) => drop(file.sync_data()),
             // Who asked may be gone: interrupted.
             Job::Big(partial, digest, answer) => drop(answer.send(cache.adopt(*partial, digest))),
         }

@@ -1,15 +1,20 @@
 //! From the remote into the cache. Nothing enters the cache before its digest was checked.
 
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use contract::OutputForm;
 use futures_util::{StreamExt, TryStreamExt, stream};
+use object_store::path::Path;
 use object_store::{GetOptions, GetRange, ObjectStore, ObjectStoreExt};
 
 use super::client::Remote;
 use super::disk::Disk;
+use super::multipart::Cut;
 use super::store::{REQUESTS, Store};
 use super::{RemoteError, Watch};
 use crate::cache::{Acquired, Cache, CacheError, Partial, TreeEntry};
@@ -25,6 +30,8 @@ const HEAVY_REQUESTS: usize = 8;
 /// Parts of one object, and big objects, on their way at the same time.
 const PARTS: usize = 4;
 const BIG_OBJECTS: usize = 3;
+/// Parts of one object after which the disk begins to flush them.
+const FLUSHED_TOGETHER: usize = 3;
 /// A listing beyond this is none.
 const MAX_LISTING: u64 = 256 << 20;
 /// How often a transfer by another process is looked at.
@@ -210,46 +217,75 @@ impl Transfer<'_> {
         let missing = partial.missing();
         let open: u64 = missing.iter().map(|(_, range)| range.end - range.start).sum();
         self.advance(bytes - open);
-        let store = &self.store.store;
+        let file = &partial.file().map_err(|e| CacheError::Unfit(e.to_string()))?;
         // After a failure, what is on its way still arrives, for the next attempt.
         let (mut result, stop) = (Ok(()), &AtomicBool::new(false));
+        let mut arrived_parts = 0_usize;
         let mut arriving = stream::iter(missing)
             .map(|(part, range)| async move {
                 if stop.load(Ordering::Relaxed) {
                     return Ok(None);
                 }
-                let options = GetOptions {
-                    range: Some(GetRange::Bounded(range.clone())),
-                    ..GetOptions::default()
-                };
-                let got = store.get_opts(path, options).await?;
-                let fits = got.meta.size == bytes && got.range == range;
-                let found = if fits { got.bytes().await?.into() } else { Vec::new() };
-                Ok(Some((part, found)))
+                let fits = self.part(path, bytes, range, file).await?;
+                Ok::<_, Cut>(Some((part, fits)))
             })
             .buffered(PARTS);
         while let Some(arrived) = arriving.next().await {
             let failed = match arrived {
                 Ok(None) => continue,
-                Ok(Some((_, found))) if found.is_empty() => {
-                    self.missing(digest, "has another size")
-                }
-                Ok(Some((part, found))) => {
-                    partial.put(part, &found)?;
-                    self.advance(found.len() as u64);
+                Ok(Some((_, false))) => self.missing(digest, "has another size"),
+                Ok(Some((part, true))) => {
+                    partial.arrived(part)?;
+                    arrived_parts += 1;
+                    if arrived_parts.is_multiple_of(FLUSHED_TOGETHER) {
+                        self.disk.flush(partial);
+                    }
                     continue;
                 }
-                Err(object_store::Error::NotFound { .. }) => self.missing(digest, "is missing"),
-                Err(object_store::Error::NotSupported { .. }) => {
+                Err(Cut::Store(object_store::Error::NotFound { .. })) => {
+                    self.missing(digest, "is missing")
+                }
+                Err(Cut::Store(object_store::Error::NotSupported { .. })) => {
                     drop(arriving);
                     return self.whole(digest, bytes, partial).await;
                 }
-                Err(error) => self.remote.failed(&error),
+                Err(cut) => cut.into_error(self.remote),
             };
             stop.store(true, Ordering::Relaxed);
             result = result.and(Err(failed));
         }
         result
+    }
+
+    /// Writes a part to its place as it arrives; whether it has the right size.
+    async fn part(
+        &self,
+        path: &Path,
+        bytes: u64,
+        range: Range<u64>,
+        file: &File,
+    ) -> Result<bool, Cut> {
+        let options =
+            GetOptions { range: Some(GetRange::Bounded(range.clone())), ..GetOptions::default() };
+        let got = self.store.store.get_opts(path, options).await.map_err(Cut::Store)?;
+        if got.meta.size != bytes || got.range != range {
+            return Ok(false);
+        }
+        let mut at = range.start;
+        let mut body = got.into_stream();
+        while let Some(piece) = body.next().await {
+            let piece = piece.map_err(Cut::Store)?;
+            let end = at + piece.len() as u64;
+            if end > range.end {
+                return Ok(false);
+            }
+            file.write_all_at(&piece, at).map_err(|e| {
+                Cut::Own(CacheError::Unfit(format!("could not write an object: {e}")).into())
+            })?;
+            self.advance(piece.len() as u64);
+            at = end;
+        }
+        Ok(at == range.end)
     }
 
     fn missing(&self, digest: Digest, what: &str) -> RemoteError {

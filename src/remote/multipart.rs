@@ -69,13 +69,16 @@ pub(super) async fn send(
         .map_err(|cut| cut.into_error(remote))
 }
 
-enum Cut {
+/// Why a transfer in parts ended.
+pub(super) enum Cut {
+    /// The store.
     Store(object_store::Error),
+    /// Something here.
     Own(RemoteError),
 }
 
 impl Cut {
-    fn into_error(self, remote: &Remote) -> RemoteError {
+    pub(super) fn into_error(self, remote: &Remote) -> RemoteError {
         match self {
             Self::Store(error) => remote.failed(&error),
             Self::Own(error) => error,

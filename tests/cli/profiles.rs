@@ -41,7 +41,7 @@ fn plan_shows_the_profile_and_takes_its_cache() {
     let space = Space::new(PIPELINE);
     let plan = space.pipe(&["--profile", "loud", "plan"]).code(0).out;
     assert!(
-        plan.contains("profile loud: word=LOUD, say.shell=bash, cache elsewhere, 1 jobs"),
+        plan.contains("profile loud: word=LOUD, say.shell=bash, cache elsewhere, 1 job"),
         "{plan}"
     );
     let json = space.pipe(&["--profile", "quiet", "plan", "--json"]).code(0).out;

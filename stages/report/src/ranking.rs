@@ -87,8 +87,8 @@ pub(crate) fn section(content: &Content, blocks: &mut Vec<Block>) {
     let Some(choice) = &content.choice else { return };
     let Some(best) = choice.ranking.first() else { return };
     blocks.push(Block::Heading("How the settings were chosen".to_owned()));
-    let value = choice.metric.strip_suffix(".value");
-    let (metric, fraction) = (plain(value.unwrap_or(&choice.metric)), value.is_some());
+    let rate_of = choice.metric.strip_suffix(".value");
+    let (metric, fraction) = (plain(rate_of.unwrap_or(&choice.metric)), rate_of.is_some());
     let rows = best.beside.values().find_map(|b| b.of);
     let on = rows.map_or("rows set aside for choosing".to_owned(), |n| {
         format!("{} prompts set aside for choosing", short(n))
