@@ -9,7 +9,6 @@ that all is well, and one `run` must leave everything as it was: the same bytes 
 that never makes the same: others, used downstream), and `cache verify` content. Exit code 1 where anything is not.
 """
 
-import hashlib
 import json
 import os
 import random
@@ -62,30 +61,32 @@ class Trials:
     def objects(self):
         return sorted(p for p in self.cache.glob("objects-v1/*/*"))
 
-    def records(self):
-        return sorted(self.cache.glob("records-v1/*/*.json"))
+    def record(self, stage):
+        """The record that a stage last ran as or reused."""
+        last = json.loads((self.cache / "last/damage" / f"{stage}.json").read_text())
+        return self.cache / "records-v1/command" / f"{last['fingerprint']}.json"
 
     def digests(self):
         """What each stage made, as its record says."""
-        made = {}
-        for stage in STAGES:
-            last = json.loads((self.cache / "last/damage" / f"{stage}.json").read_text())
-            record = json.loads((self.cache / "records-v1/command" / f"{last['fingerprint']}.json").read_text())
-            made[stage] = {name: output["digest"] for name, output in record["outputs"].items()}
-        return made
+        outputs = {stage: json.loads(self.record(stage).read_text())["outputs"] for stage in STAGES}
+        return {stage: {name: o["digest"] for name, o in made.items()} for stage, made in outputs.items()}
 
-    def ways(self, path):
-        """Ways to damage a file: name, and its bytes afterwards or none."""
-        whole = path.read_bytes()
-        for bit in self.dice.sample(range(len(whole) * 8), min(self.bits, len(whole) * 8)):
-            flipped = bytearray(whole)
-            flipped[bit // 8] ^= 1 << bit % 8
-            yield "bit flipped", bytes(flipped)
-        if whole:
-            yield "truncated", whole[:self.dice.randrange(len(whole))]
-            yield "emptied", b""
-        yield "lengthened", whole + b"\0"
-        yield "removed", None
+    def ways(self):
+        return ["bit flipped"] * self.bits + ["truncated", "emptied", "lengthened", "removed"]
+
+    def spoiled(self, what, whole):
+        """The bytes of a damaged file, or none; the same where it cannot be damaged so."""
+        if what == "removed":
+            return None
+        if what == "lengthened":
+            return whole + b"\0"
+        if not whole or what == "emptied":
+            return b""
+        if what == "truncated":
+            return whole[:self.dice.randrange(len(whole))]
+        flipped, bit = bytearray(whole), self.dice.randrange(len(whole) * 8)
+        flipped[bit // 8] ^= 1 << bit % 8
+        return bytes(flipped)
 
     def damage(self, path, content):
         mode = path.stat().st_mode
@@ -99,8 +100,11 @@ class Trials:
                 file.truncate()
             path.chmod(mode & 0o777)
 
-    def trial(self, what, path, content):
-        before = self.digests()
+    def trial(self, kind, way, path):
+        what, before, whole = f"{kind} {way}", self.digests(), path.read_bytes()
+        content = self.spoiled(way, whole)
+        if content == whole or (kind == "record" and way == "bit flipped" and self.means_the_same(whole, content)):
+            return
         self.damage(path, content)
         planned = self.call("plan", "--check").returncode
         ran = self.call("run")
@@ -117,6 +121,14 @@ class Trials:
         verified = self.call("cache", "verify")
         if verified.returncode or self.call("plan", "--check").returncode:
             self.wrong("not repaired", what, path, verified.stdout)
+
+    def means_the_same(self, one, other):
+        """A flip in the checksum's own line leaves a record what it was."""
+        try:
+            one, other = json.loads(one), json.loads(other)
+        except ValueError:
+            return False
+        return all(one[key] == other.get(key) for key in one if key != "sum")
 
     def wrong(self, kind, what, path, text):
         self.counts[kind] += 1
@@ -144,22 +156,20 @@ def main():
     with tempfile.TemporaryDirectory(prefix="damage-") as folder:
         run = Trials(pipe, Path(folder), bits)
         assert run.call("run").returncode == 0
-        begun, objects, records = time.monotonic(), run.used(), [p.name for p in run.records()]
+        begun, objects = time.monotonic(), run.used()
         done = set()
         # What the stage that never makes the same makes anew gets its turn, too, a few times.
         while (left := run.used() - done) and len(done) < len(objects) + 6:
             digest = min(left)
             path = run.cache / "objects-v1" / digest[:2] / digest[2:]
-            for what, content in list(run.ways(path)):
-                if not path.exists():
+            for way in run.ways():
+                if digest not in run.used():
                     break
-                run.trial(f"object {what}", path, content)
+                run.trial("object", way, path)
             done.add(digest)
-        for name in records:
-            path = run.cache / "records-v1/command" / name
-            for what, content in list(run.ways(path)):
-                if path.exists():
-                    run.trial(f"record {what}", path, content)
+        for stage in STAGES:
+            for way in run.ways():
+                run.trial("record", way, run.record(stage))
         seconds = time.monotonic() - begun
     wrong = ["not detected", "not repaired", "other bytes"]
     kinds = [name for name in run.counts if name not in wrong]
@@ -167,7 +177,7 @@ def main():
     print(f"|{'---|' * (len(kinds) + len(wrong) + 1)}")
     total = sum(run.counts[k] for k in kinds)
     print(f"| {' | '.join(str(run.counts[k]) for k in kinds + wrong)} | {seconds / total * 1e3:.0f} |")
-    print(f"{len(objects)} objects, {len(records)} records, {total} trials")
+    print(f"{len(objects)} objects, {len(STAGES)} records, {total} trials")
     return int(any(run.counts[name] for name in wrong))
 
 

@@ -66,7 +66,8 @@ class Mount:
 
     def __init__(self, layer, path):
         self.layer, self.files, self.path = layer, layer.files, path
-        self.fd = os.open("/dev/fuse", os.O_RDWR)
+        # A request can be taken back before it is read, when its process is killed.
+        self.fd = os.open("/dev/fuse", os.O_RDWR | os.O_NONBLOCK)
         others = ",allow_other" if PRIVILEGED else ""
         options = f"fd={self.fd},rootmode=40000,user_id={os.getuid()},group_id={os.getgid()},default_permissions{others}"
         call(libc.mount(b"layer", path.encode(), b"fuse.layer", 0, options.encode()))
@@ -98,7 +99,10 @@ class Mount:
 
     def serve(self):
         """Answers one request."""
-        request = os.read(self.fd, (1 << 20) + 4096)
+        try:
+            request = os.read(self.fd, (1 << 20) + 4096)
+        except (BlockingIOError, InterruptedError, FileNotFoundError):
+            return
         _, opcode, unique, node, uid, gid, _, _ = HEADER.unpack_from(request)
         body = request[HEADER.size:]
         error, answer = 0, b""

@@ -55,7 +55,7 @@ class Trials:
     def until_cut(self, process):
         """What a process has said until the power goes, or it ends; nothing of it is left afterwards."""
         while process.poll() is None and not self.layer("frozen"):
-            time.sleep(0.002)
+            time.sleep(0.01)
         cut = self.layer("frozen")
         if cut:
             try:

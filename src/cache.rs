@@ -11,6 +11,7 @@ mod materialise;
 mod object;
 mod probe;
 mod records;
+mod roots;
 mod runs;
 mod scratch;
 mod stat_index;

@@ -148,6 +148,9 @@ pub fn run(
         result
     });
     planner.cache.flush();
+    let pipeline = planner.pipeline;
+    let stages = pipeline.stages.iter().map(|s| s.name.as_str()).collect();
+    planner.cache.register(&pipeline.name, &pipeline.dir, &stages, run.records.fingerprints());
     result?;
     let (summary, finished) = (run.summary, run.finished(started));
     sink(finished);

@@ -11,7 +11,7 @@ use contract::OutputForm;
 use serde::Serialize;
 
 use super::object::hash;
-use super::{Cache, CacheError, Last, durable};
+use super::{Cache, CacheError, durable};
 use crate::digest::{Digest, Fingerprint};
 use crate::record::Record;
 
@@ -205,23 +205,6 @@ impl Cache {
         };
         let what = self.needed(record).iter().find_map(lacks)?;
         Some(format!("stage `{}`: {what}", record.stage))
-    }
-
-    /// The records that pipelines last ran as or reused: those that gc leaves alone.
-    ///
-    /// # Errors
-    /// [`CacheError`] where a folder cannot be listed.
-    pub fn roots(&self) -> Result<BTreeMap<Fingerprint, BTreeSet<String>>, CacheError> {
-        let mut roots: BTreeMap<Fingerprint, BTreeSet<String>> = BTreeMap::new();
-        for path in files_at(&self.root.join("last"), 2)? {
-            let last = fs::read(&path).ok().and_then(|t| serde_json::from_slice::<Last>(&t).ok());
-            let pipeline = path.parent().and_then(Path::file_name);
-            if let (Some(last), Some(pipeline)) = (last, pipeline) {
-                let pipeline = pipeline.to_string_lossy().into_owned();
-                roots.entry(last.fingerprint).or_default().insert(pipeline);
-            }
-        }
-        Ok(roots)
     }
 
     /// Bytes of what is neither an object nor a record, by folder.

@@ -1,9 +1,9 @@
 //! Records of finished stages, with what was worked out from them.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::digest::Digest;
+use crate::digest::{Digest, Fingerprint};
 use crate::pipeline::{Gathered, Member};
 use crate::record::Record;
 
@@ -36,6 +36,11 @@ impl Records {
             // What was worked out from the other record no longer holds.
             self.gathered = Mutex::default();
         }
+    }
+
+    /// What the stages ran as.
+    pub(crate) fn fingerprints(&self) -> BTreeMap<String, Fingerprint> {
+        self.by_stage.iter().map(|(name, record)| (name.clone(), record.fingerprint)).collect()
     }
 
     /// The records of some stages, as far as they are known.

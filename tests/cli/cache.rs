@@ -147,3 +147,20 @@ fn checkpoints_of_unfinished_work_go_by_age_and_size_before_records_do() {
     assert!(!scratch.exists());
     space.pipe(&["plan", "--check"]).code(0);
 }
+
+#[test]
+fn projects_with_the_same_name_do_not_let_go_of_each_other_s_artifacts() {
+    let space = Space::new(DIAMOND);
+    space.pipe(&["run"]).code(0);
+    let other = space.outside().join("other");
+    fs::create_dir(&other).unwrap();
+    let text = fs::read_to_string(space.path("pipeline.yaml")).unwrap();
+    fs::write(other.join("pipeline.yaml"), text.replace("left: one", "left: two")).unwrap();
+    let cache = space.cache();
+    let run = ["run", "--cache", cache.to_str().unwrap()];
+    assert!(space.command(&run).current_dir(&other).status().unwrap().success());
+    age(&space, 3);
+    let gone = space.pipe(&["cache", "gc", "--older-than", "2h"]).code(0).out;
+    assert!(gone.contains("removed 0 records"), "{gone}");
+    space.pipe(&["plan", "--check"]).code(0);
+}
