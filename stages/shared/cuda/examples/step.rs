@@ -211,11 +211,13 @@ fn time(name: &str, activations: &str, steps: usize, dtype: Dtype) {
     let timed = &mut times[2..steps - 1];
     timed.sort_by(f64::total_cmp);
     let median = timed[timed.len() / 2];
+    let gib = |bytes: u64| bytes as f64 / f64::from(1u32 << 30);
     println!(
-        "{name} {dtype:?} {activations:?}: {:.0} tok/s, step {:.1} ms, peak {:.2} GiB",
+        "{name} {dtype:?} {activations:?}: {:.0} tok/s, step {:.1} ms, peak {:.2} GiB (NVML: {:.2})",
         (n * accumulation) as f64 / median,
         median * 1e3,
-        device.peak_bytes() as f64 / f64::from(1u32 << 30)
+        gib(device.peak_bytes()),
+        device.nvml_bytes().map_or(f64::NAN, gib)
     );
     for (class, (milliseconds, count)) in classes {
         println!("  {class:26} {milliseconds:8.2} ms {count:6}");
