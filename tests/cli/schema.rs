@@ -123,7 +123,7 @@ fn wrong_params_of_every_kind_are_seen_and_right_ones_are_not() {
         ("train", json!({"betas": [0.9]})),
         ("train", json!({"device": "tpu"})),
         ("train", json!({"batch_size": 0})),
-        ("evaluate", json!({"dtype": "f16"})),
+        ("evaluate", json!({"dtype": "f8"})),
         ("export", json!({"format": "gguf-q5"})),
         ("report", json!({"examples": -1})),
     ];

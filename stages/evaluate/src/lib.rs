@@ -59,8 +59,7 @@ impl StageKind for Evaluate {
                 OutputSpec::file("predictions", "predictions.jsonl"),
                 OutputSpec::file("manual", "manual.jsonl").optional(),
             ],
-            // Uses every core: two of these side by side would only slow each other down.
-            resources: [("cpu".to_owned(), 1)].into(),
+            resources: params.device.resources(cfg!(feature = "cuda")),
             ..Signature::default()
         })
     }

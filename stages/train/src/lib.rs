@@ -73,8 +73,7 @@ impl StageKind for Train {
                 OutputSpec::tree("adapter", "adapter"),
                 OutputSpec::file("log", "train-log.jsonl"),
             ],
-            // Uses every core: two of these side by side would only slow each other down.
-            resources: [("cpu".to_owned(), 1)].into(),
+            resources: params.device.resources(cfg!(feature = "cuda")),
             ..Signature::default()
         })
     }

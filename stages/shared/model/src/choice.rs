@@ -1,5 +1,8 @@
 //! Params of the stages that compute: where, and in which arithmetic.
 
+use std::collections::BTreeMap;
+use std::path::Path;
+
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -14,6 +17,22 @@ pub enum DeviceChoice {
     Cpu,
     /// The NVIDIA GPU of that number.
     Cuda(usize),
+}
+
+impl DeviceChoice {
+    /// What a stage takes of the host: every core, since two of these side by side would only slow
+    /// each other down, and a slot of its GPUs where it may work on one. `built_in`: it could.
+    pub fn resources(self, built_in: bool) -> BTreeMap<String, u32> {
+        // Looking opens no device.
+        let is_there = || Path::new("/dev/nvidiactl").exists();
+        let on_gpu = match self {
+            Self::Cpu => false,
+            Self::Auto => built_in && is_there(),
+            Self::Cuda(_) => built_in,
+        };
+        let gpu = on_gpu.then(|| ("gpu".to_owned(), 1));
+        [("cpu".to_owned(), 1)].into_iter().chain(gpu).collect()
+    }
 }
 
 impl TryFrom<String> for DeviceChoice {
