@@ -65,7 +65,13 @@ fn link_exclusive(from: &Path, to: &Path) -> io::Result<bool> {
             if to.try_exists()? {
                 return Ok(false);
             }
-            rename(from, to).map(|()| true)
+            match rename(from, to) {
+                // It had arrived, and somebody who did not see it has put theirs in its place.
+                Err(error) if error.kind() == io::ErrorKind::NotFound && is_replaced(from, to) => {
+                    Ok(false)
+                }
+                other => other.map(|()| true),
+            }
         }
         Err(error) => Err(error),
     }
@@ -108,6 +114,13 @@ fn has_arrived(file: Option<(u64, u64)>, to: &Path) -> bool {
         look_again(to.parent().unwrap_or(Path::new(".")));
         is_there()
     }
+}
+
+/// Whether a file has gone and another lies where it should have got.
+fn is_replaced(from: &Path, to: &Path) -> bool {
+    look_again(from.parent().unwrap_or(Path::new(".")));
+    look_again(to.parent().unwrap_or(Path::new(".")));
+    identity(from).is_none() && identity(to).is_some()
 }
 
 fn identity(path: &Path) -> Option<(u64, u64)> {

@@ -136,8 +136,13 @@ impl Cache {
             }
             let staged = durable::stage_bytes(&self.tmp_dir(), &text).map_err(io)?;
             durable::create_parent(&path).map_err(io)?;
-            if durable::rename_exclusive(&staged, &path).map_err(io)? {
-                return Ok(Acquired::Mine(Lease::beating(path, holder)));
+            match durable::rename_exclusive(&staged, &path) {
+                Ok(true) => return Ok(Acquired::Mine(Lease::beating(path, holder))),
+                Ok(false) => {}
+                // Without exclusive renames and hard links: it had arrived, was replaced, and what
+                // replaced it has been released.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(io(error)),
             }
             let _ = fs::remove_file(&staged);
             durable::look_again(path.parent().unwrap_or(&self.root));
