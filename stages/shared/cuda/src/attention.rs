@@ -1,7 +1,7 @@
 //! Causal attention inside segments, with grouped queries.
 
-use crate::CudaError;
-use crate::device::{Device, Dtype, args};
+use crate::device::{Device, args};
+use crate::{CudaError, Dtype};
 
 /// How the fast kernels are launched for one shape.
 #[derive(Clone, Copy, Debug)]

@@ -6,8 +6,8 @@ use std::ffi::c_void;
 
 use cudarc::cublaslt::{result as lt, sys};
 
-use crate::CudaError;
-use crate::device::{Device, Dtype, WORKSPACE};
+use crate::device::{Device, WORKSPACE};
+use crate::{CudaError, Dtype};
 
 /// A matrix on the device, row-major with rows `ld` elements apart; `transposed` reads it the other
 /// way round.

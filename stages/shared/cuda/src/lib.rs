@@ -11,6 +11,7 @@ mod attention;
 mod choice;
 mod compile;
 mod device;
+mod dtype;
 mod error;
 mod gemm;
 mod generate;
@@ -29,7 +30,8 @@ mod weights;
 
 pub use adapter::Lora;
 pub use choice::open;
-pub use device::{Buffer, Device, Dtype};
+pub use device::{Buffer, Device};
+pub use dtype::Dtype;
 pub use error::CudaError;
 pub use generate::Generator;
 pub use optimizer::{AdamSettings, Optimizer};

@@ -6,10 +6,10 @@ use super::ahead::{Ahead, Operand};
 use super::{Batch, State, Step};
 use crate::adapter::Lora;
 use crate::attention::Attention;
-use crate::device::{Device, Dtype, args};
+use crate::device::{Device, args};
 use crate::gemm::{Gemm, View};
 use crate::generate::Cache;
-use crate::{CudaError, Frozen};
+use crate::{CudaError, Dtype, Frozen};
 
 /// One micro-batch in progress.
 pub(crate) struct Pass<'a> {
