@@ -136,9 +136,13 @@ pub(crate) fn token_text(config: &Value, key: &str) -> Option<String> {
 fn from_folder(dir: &Path) -> Result<Tokenizer, CheckpointError> {
     let path = dir.join("tokenizer.json");
     let text = std::fs::read(&path).map_err(|e| CheckpointError::io(&path, e))?;
+    // The library panics where its text is nested too deeply; as a value it has passed that limit.
+    let json: Value = serde_json::from_slice(&text)
+        .map_err(|e| CheckpointError::content(&path, format!("no tokenizer can be read: {e}")))?;
     // What the post-processor puts in front of a text is what the model expects there.
     let (inner, probe) = guarded(&path, || {
-        let inner = tokenizers::Tokenizer::from_bytes(&text).map_err(|e| e.to_string())?;
+        let inner: tokenizers::Tokenizer =
+            serde_json::from_value(json).map_err(|e| e.to_string())?;
         let probe = inner.encode("a", true).ok();
         Ok((inner, probe))
     })?;

@@ -5,6 +5,7 @@
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Once;
 
 use serde_json::{Value, json};
 
@@ -66,6 +67,7 @@ pub(crate) fn check(
     files: &[&str],
     read: impl FnOnce() -> Result<(), String>,
 ) {
+    UNCOUNTED.call_once(report_panics_uncounted);
     NOW.set(0);
     PEAK.set(0);
     let outcome = catch_unwind(AssertUnwindSafe(read));
@@ -76,6 +78,20 @@ pub(crate) fn check(
         assert!(named, "{case}: no file of {files:?} is named: {error}");
     }
     assert!(peak <= ROOM + FACTOR * size, "{case}: {peak} bytes allocated for {size}");
+}
+
+static UNCOUNTED: Once = Once::new();
+
+/// Keeps the symbols that a backtrace loads (`RUST_BACKTRACE=1`) out of the count: a library may
+/// panic where the reader catches it and answers with an error.
+fn report_panics_uncounted() {
+    let report = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |info| {
+        let (now, peak) = (NOW.get(), PEAK.get());
+        report(info);
+        NOW.set(now);
+        PEAK.set(peak);
+    }));
 }
 
 /// Rounds of a target: `rounds`, times `PIPE_FUZZ` where that is set.
