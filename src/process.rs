@@ -72,7 +72,12 @@ impl StageProcess {
     ///
     /// # Errors
     /// [`StageError`] where no process can be started.
-    pub fn start(stage: &Stage, request_path: &Path, log: &Path) -> Result<Self, StageError> {
+    pub fn start(
+        stage: &Stage,
+        request_path: &Path,
+        log: &Path,
+        gpus: Option<&str>,
+    ) -> Result<Self, StageError> {
         let io = |doing, e| StageError::io(doing, log, &e);
         let stderr = File::options().append(true).open(log).map_err(|e| io("open", e))?;
         let mut command = Command::new("/proc/self/exe");
@@ -81,7 +86,7 @@ impl StageProcess {
             .arg(SUBCOMMAND)
             .arg(request_path)
             .env_clear()
-            .envs(environment::of(stage))
+            .envs(environment::of(stage, gpus))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(stderr)

@@ -8,7 +8,7 @@ mod execute;
 mod shared;
 mod slots;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex};
@@ -159,7 +159,7 @@ pub fn run(
 
 struct Running {
     stopper: Option<Stopper>,
-    resources: BTreeSet<String>,
+    resources: BTreeMap<String, u32>,
     log: std::path::PathBuf,
     fingerprint: Fingerprint,
     reasons: Vec<String>,
@@ -260,6 +260,17 @@ impl<'a> Run<'a> {
         }
     }
 
+    /// Whether stages of this run that go on leave too little of what a stage asks for: as many GPUs
+    /// as there are, and one of everything else.
+    fn is_busy(&self, asked: &BTreeMap<String, u32>) -> bool {
+        let running = || self.running.values().map(|running| &running.resources);
+        let gpus = slots::Wanted::of(asked).count();
+        let held: usize = running().map(|held| slots::Wanted::of(held).count()).sum();
+        let no_gpu = gpus > 0 && held > 0 && held + gpus > slots::gpus().len();
+        let others = asked.keys().filter(|name| *name != "gpu");
+        no_gpu || others.clone().any(|name| running().any(|held| held.contains_key(name)))
+    }
+
     /// Whether the stage is off the list: reused, started or skipped.
     fn try_start(
         &mut self,
@@ -279,9 +290,7 @@ impl<'a> Run<'a> {
         }
         let stopping =
             self.interrupted_at.is_some() || (!self.stopped.is_empty() && !self.options.keep_going);
-        let busy = stage.signature.resources.keys();
-        let busy = !self.options.fetch_only
-            && busy.clone().any(|r| self.running.values().any(|other| other.resources.contains(r)));
+        let busy = !self.options.fetch_only && self.is_busy(&stage.signature.resources);
         if stopping || busy || self.running.len() >= self.options.jobs {
             // A full house must not keep cached stages from being seen as such; they cost nothing
             // and are decided when a place is free.
@@ -312,7 +321,7 @@ impl<'a> Run<'a> {
                 return Ok(true);
             }
         };
-        let resources = stage.signature.resources.keys().cloned().collect();
+        let resources = stage.signature.resources.clone();
         let fingerprint = decided.fingerprint;
         self.running.insert(
             name.to_owned(),

@@ -40,8 +40,8 @@ const PASSED: [&str; 29] = [
     "PIPE_ISA",
 ];
 
-/// The whole environment of a stage process.
-pub(super) fn of(stage: &Stage) -> BTreeMap<OsString, OsString> {
+/// The whole environment of a stage process; `gpus` are the only ones it is to see.
+pub(super) fn of(stage: &Stage, gpus: Option<&str>) -> BTreeMap<OsString, OsString> {
     let passed = PASSED.iter().copied().chain(stage.pass_env.iter().map(String::as_str));
     let passed: Vec<&str> = passed.collect();
     let mut seen: BTreeMap<OsString, OsString> = std::env::vars_os()
@@ -49,6 +49,7 @@ pub(super) fn of(stage: &Stage) -> BTreeMap<OsString, OsString> {
             name.to_str().is_some_and(|name| passed.iter().any(|p| matches(p, name)))
         })
         .collect();
+    seen.extend(gpus.map(|gpus| ("CUDA_VISIBLE_DEVICES".into(), gpus.into())));
     for (name, value) in &stage.env {
         let value = value.clone().map(OsString::from).or_else(|| std::env::var_os(name));
         match value {

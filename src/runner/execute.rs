@@ -100,9 +100,10 @@ pub(super) fn execute(
         let why = "its source is not pinned in the lock file yet";
         return Ok(Made::Nowhere(why.to_owned()));
     }
-    let _slots = take_slots(job, sender, interrupts)?;
+    let held = take_slots(job, sender, interrupts)?;
+    let gpus = visible_gpus(job, &held);
     let scratch = planner.cache.scratch(fingerprint)?;
-    let result = attempt(planner, job, sender, &scratch);
+    let result = attempt(planner, job, sender, &scratch, gpus.as_deref());
     match &result {
         Ok(_) => scratch.clear(),
         Err(_) => scratch.keep(),
@@ -135,22 +136,26 @@ fn take_slots(
     interrupts: &AtomicUsize,
 ) -> Result<Vec<slots::Slot>, StageError> {
     let mut told = String::new();
-    // Only GPUs are scarce beyond one run.
-    let wanted = job.stage.signature.resources.get("gpu").copied().unwrap_or(0) as usize;
-    let there = slots::count("gpu");
-    if wanted > there {
-        let message = format!("stage `{}` asks for {wanted} GPUs at once", job.stage.name);
-        return Err(
-            StageError::new(Fault::Environment, message).help(format!("this host has {there}"))
-        );
+    let wanted = slots::Wanted::of(&job.stage.signature.resources);
+    let gpus = slots::gpus();
+    if wanted.count() > gpus.len() {
+        let message =
+            format!("stage `{}` asks for {} GPUs at once", job.stage.name, wanted.count());
+        return Err(StageError::new(Fault::Environment, message)
+            .help(format!("this host has {}", gpus.len())));
     }
+    if let Some(number) = wanted.numbers.iter().find(|number| **number >= gpus.len()) {
+        let message = format!("stage `{}` asks for GPU {number}", job.stage.name);
+        return Err(StageError::new(Fault::Environment, message)
+            .help(format!("this host has {}, counted from 0", gpus.len())));
+    }
+    let numbered = wanted.numbers.iter().map(|number| &gpus[*number..=*number]);
+    let asked: Vec<&[String]> = numbered.chain((0..wanted.any).map(|_| gpus)).collect();
     loop {
         let mut held = Vec::new();
         let holder = loop {
-            if held.len() == wanted {
-                return Ok(held);
-            }
-            match slots::take("gpu").map_err(StageError::internal)? {
+            let Some(choice) = asked.get(held.len()) else { return Ok(held) };
+            match slots::take(choice).map_err(StageError::internal)? {
                 slots::Taken::Mine(slot) => held.push(slot),
                 slots::Taken::By(holder) => break holder,
             }
@@ -159,6 +164,13 @@ fn take_slots(
         drop(held);
         wait(job, sender, interrupts, &mut told, format!("the GPU, in use by {holder}"))?;
     }
+}
+
+/// What a stage that asked for any GPUs sees of them: those that it holds.
+fn visible_gpus(job: &Job<'_>, held: &[slots::Slot]) -> Option<String> {
+    let wanted = slots::Wanted::of(&job.stage.signature.resources);
+    let names: Vec<&str> = held.iter().map(|slot| slot.gpu.as_str()).collect();
+    (wanted.any > 0 && wanted.numbers.is_empty()).then(|| names.join(","))
 }
 
 fn wait(
@@ -186,6 +198,7 @@ fn attempt(
     job: &Job<'_>,
     sender: &Sender<Message>,
     scratch: &Scratch,
+    gpus: Option<&str>,
 ) -> Result<(Record, Identity), StageError> {
     let work = planner.cache.work_dir()?;
     let request = request(planner, job, &work, scratch)?;
@@ -194,7 +207,7 @@ fn attempt(
     fs::write(&request_path, text).map_err(|e| StageError::io("write", &request_path, &e))?;
 
     let (started_at, clock) = (unix_seconds(), Instant::now());
-    let process = StageProcess::start(job.stage, &request_path, &job.log)?;
+    let process = StageProcess::start(job.stage, &request_path, &job.log, gpus)?;
     let name = &job.stage.name;
     let _ = sender.send(Message::Started { stage: name.clone(), stopper: process.stopper() });
     if let Some(days) = planner.cache.missed(job.identity.fingerprint()) {

@@ -1,9 +1,11 @@
-//! Resources of the host, such as GPUs, shared by every run on it: one lock file a slot.
+//! GPUs of the host, shared by every run on it: one lock file each.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use rustix::fs::{FlockOperation, flock};
 
@@ -13,6 +15,8 @@ const FOLDER: &str = "/tmp/pipe-slots";
 /// A held slot; free again when dropped, also by a killed process.
 #[derive(Debug)]
 pub(super) struct Slot {
+    /// The GPU, as `CUDA_VISIBLE_DEVICES` names it.
+    pub(super) gpu: String,
     _file: File,
 }
 
@@ -24,21 +28,46 @@ pub(super) enum Taken {
     By(String),
 }
 
-/// Asks once for a slot of a resource.
-pub(super) fn take(resource: &str) -> io::Result<Taken> {
-    take_in(&folder()?, resource, count(resource))
+/// GPUs that a stage asks for.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Wanted {
+    /// How many, whichever they are: resource `gpu`.
+    pub(super) any: usize,
+    /// Those of certain numbers: resources `gpu:N`.
+    pub(super) numbers: Vec<usize>,
 }
 
-fn take_in(dir: &Path, resource: &str, count: usize) -> io::Result<Taken> {
+impl Wanted {
+    pub(super) fn of(resources: &BTreeMap<String, u32>) -> Self {
+        let numbers = resources.keys().filter_map(|name| name.strip_prefix("gpu:")?.parse().ok());
+        Self {
+            any: resources.get("gpu").copied().unwrap_or(0) as usize,
+            numbers: numbers.collect(),
+        }
+    }
+
+    /// How many at once.
+    pub(super) fn count(&self) -> usize {
+        self.any + self.numbers.len()
+    }
+}
+
+/// Asks once for the slot of one of `gpus`.
+pub(super) fn take(gpus: &[String]) -> io::Result<Taken> {
+    take_in(&folder()?, gpus)
+}
+
+fn take_in(dir: &Path, gpus: &[String]) -> io::Result<Taken> {
     let mut holder = String::new();
-    for index in 0..count {
-        let mut file = open(&dir.join(format!("{resource}-{index}")))?;
+    for gpu in gpus {
+        let name = gpu.replace(|c: char| !c.is_ascii_alphanumeric() && c != '-', "_");
+        let mut file = open(&dir.join(format!("gpu-{name}")))?;
         match flock(&file, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => {
                 let this = crate::cache::this_process();
                 // Only shown to those who wait.
                 let _ = file.set_len(0).and_then(|()| file.write_all(this.as_bytes()));
-                return Ok(Taken::Mine(Slot { _file: file }));
+                return Ok(Taken::Mine(Slot { gpu: gpu.clone(), _file: file }));
             }
             Err(rustix::io::Errno::WOULDBLOCK) => {
                 let mut text = String::new();
@@ -70,19 +99,31 @@ fn open(path: &Path) -> io::Result<File> {
     }
 }
 
-/// One slot a GPU; one of anything else.
-pub(super) fn count(resource: &str) -> usize {
-    if resource != "gpu" {
-        return 1;
-    }
+/// The GPUs that a run may use, as `CUDA_VISIBLE_DEVICES` names them: those of that variable, else
+/// all there are, and one where none can be told.
+pub(super) fn gpus() -> &'static [String] {
+    static GPUS: OnceLock<Vec<String>> = OnceLock::new();
+    GPUS.get_or_init(|| match std::env::var("CUDA_VISIBLE_DEVICES") {
+        Ok(names) => visible(&names),
+        Err(_) => (0..devices().max(1)).map(|number| number.to_string()).collect(),
+    })
+}
+
+/// CUDA ignores what comes after a name that is none.
+fn visible(names: &str) -> Vec<String> {
+    let names = names.split(',').map(str::trim);
+    names.take_while(|name| !name.is_empty() && *name != "-1").map(str::to_owned).collect()
+}
+
+fn devices() -> usize {
     let device = |name: &str| {
         name.strip_prefix("nvidia")
             .is_some_and(|n| !n.is_empty() && n.bytes().all(|b| b.is_ascii_digit()))
     };
-    let devices = fs::read_dir("/dev").map(|entries| {
+    let entries = fs::read_dir("/dev").map(|entries| {
         entries.flatten().filter(|e| e.file_name().to_str().is_some_and(device)).count()
     });
-    devices.unwrap_or(0).max(1)
+    entries.unwrap_or(0)
 }
 
 /// The folder of all users, else one of this user alone.
@@ -118,10 +159,13 @@ mod tests {
     fn slots_run_out_and_whoever_waits_is_told_for_whom() {
         let dir = tempfile::tempdir().unwrap();
         let folder = shared(&dir.path().join("slots")).unwrap();
-        let take = || take_in(&folder, "gpu", 2).unwrap();
-        let (Taken::Mine(first), Taken::Mine(_second)) = (take(), take()) else {
+        let gpus = visible("3, GPU-5c/x,,7");
+        assert_eq!(gpus, ["3", "GPU-5c/x"]);
+        let take = || take_in(&folder, &gpus).unwrap();
+        let (Taken::Mine(first), Taken::Mine(second)) = (take(), take()) else {
             panic!("two slots")
         };
+        assert_eq!((first.gpu.as_str(), second.gpu.as_str()), ("3", "GPU-5c/x"));
         let Taken::By(holder) = take() else { panic!("a third slot") };
         assert!(holder.contains(&format!("process {}", std::process::id())), "{holder}");
         drop(first);
@@ -129,5 +173,13 @@ mod tests {
         for slot in fs::read_dir(&folder).unwrap() {
             assert_eq!(slot.unwrap().metadata().unwrap().mode() & 0o777, 0o666);
         }
+    }
+
+    #[test]
+    fn asked_for_by_count_or_by_number() {
+        let resources = [("cpu", 1), ("gpu", 2), ("gpu:3", 1)].map(|(n, c)| (n.to_owned(), c));
+        let wanted = Wanted::of(&resources.into());
+        assert_eq!(wanted, Wanted { any: 2, numbers: vec![3] });
+        assert!(visible("").is_empty() && visible("-1").is_empty());
     }
 }

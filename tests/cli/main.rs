@@ -11,6 +11,7 @@ mod damage;
 mod diagnostics;
 mod doctor;
 mod failures;
+mod gpus;
 #[cfg(feature = "remote")]
 mod http;
 mod processes;

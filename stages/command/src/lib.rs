@@ -37,7 +37,8 @@ struct Params {
     /// The command may make other bytes each time.
     #[serde(default)]
     nondeterministic: bool,
-    /// Slots of the host that it takes, such as `gpu: 1`.
+    /// What it takes of the host while it runs: `gpu: 2` so many GPUs, which are all that it sees;
+    /// `"gpu:1": 1` that one; any other name excludes stages that take it too.
     #[serde(default)]
     resources: BTreeMap<String, u32>,
 }

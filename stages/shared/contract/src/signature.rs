@@ -23,8 +23,9 @@ pub struct Signature {
     /// Files or folders beside the pipeline that the stage reads: name to path relative to the
     /// pipeline file. The engine digests them and hands them over as inputs of these names.
     pub local_inputs: BTreeMap<String, String>,
-    /// Resources taken while running: `gpu` slots of the host; any other name, such as `cpu` for a
-    /// stage that keeps every core busy, excludes stages of the same run that take it too.
+    /// Resources taken while running. `gpu`: so many of the host's GPUs, and the stage sees no
+    /// others; `gpu:N`: the GPU of that number. Any other name, such as `cpu` for a stage that keeps
+    /// every core busy, excludes stages of the same run that take it too.
     pub resources: BTreeMap<String, u32>,
     /// Key in `pipeline.lock` under which the stage's source is pinned. `Some` where the params
     /// alone do not pin the bytes; the stage then returns what it resolved in

@@ -20,18 +20,22 @@ pub enum DeviceChoice {
 }
 
 impl DeviceChoice {
-    /// What a stage takes of the host: every core, since two of these side by side would only slow
-    /// each other down, and a slot of its GPUs where it may work on one. `built_in`: it could.
+    /// What a stage takes of the host: a GPU (`gpu:N` where the params name one by its number),
+    /// else every core, since two such stages side by side would only slow each other down.
+    /// `built_in`: it could work on a GPU.
     pub fn resources(self, built_in: bool) -> BTreeMap<String, u32> {
         // Looking opens no device.
-        let is_there = || Path::new("/dev/nvidiactl").exists();
-        let on_gpu = match self {
-            Self::Cpu => false,
-            Self::Auto => built_in && is_there(),
-            Self::Cuda(_) => built_in,
+        let is_there = || {
+            let hidden = std::env::var("CUDA_VISIBLE_DEVICES").is_ok_and(|names| names.is_empty());
+            !hidden && Path::new("/dev/nvidiactl").exists()
         };
-        let gpu = on_gpu.then(|| ("gpu".to_owned(), 1));
-        [("cpu".to_owned(), 1)].into_iter().chain(gpu).collect()
+        let resource = match self {
+            Self::Auto if built_in && is_there() => "gpu".to_owned(),
+            Self::Cuda(0) if built_in => "gpu".to_owned(),
+            Self::Cuda(number) if built_in => format!("gpu:{number}"),
+            _ => "cpu".to_owned(),
+        };
+        [(resource, 1)].into()
     }
 }
 
