@@ -4,6 +4,7 @@
 //! and the number of threads never change an answer.
 
 mod answerer;
+mod estimate;
 mod evaluation;
 mod generation;
 mod literal;
@@ -12,6 +13,11 @@ mod params;
 mod parse;
 mod score;
 mod statistics;
+mod summary;
+#[cfg(test)]
+mod tests;
+#[cfg(test)]
+mod trial;
 
 use contract::{
     InputSpec, Outcome, OutputSpec, ParamError, Reporter, Request, Signature, StageError, StageKind,

@@ -99,6 +99,13 @@ impl Baseline {
         Ok(())
     }
 
+    /// Mean length of its answers in tokens, the end mark included.
+    pub(crate) fn mean_tokens(&self) -> Option<f64> {
+        let tokens: u64 = self.predictions.iter().map(|p| p.tokens + u64::from(p.ended)).sum();
+        let count = self.predictions.len();
+        (count > 0).then(|| tokens as f64 / count as f64)
+    }
+
     /// Compares prompt by prompt.
     ///
     /// # Errors
