@@ -57,7 +57,7 @@ impl Trial {
         let params = Params::parse(&self.request.params).unwrap();
         let load = |_: &Path, _: Option<&Path>| panic!("the model was loaded");
         let run = crate::evaluation::run(&params, &self.request, &mut Reporter::silent(), &load);
-        run.map(|_| ()).unwrap_err()
+        run.unwrap_err()
     }
 
     /// Runs as the engine does, with the model folder among the inputs.
