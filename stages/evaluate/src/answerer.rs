@@ -2,6 +2,8 @@
 
 #[cfg(feature = "cuda")]
 mod gpu;
+#[cfg(test)]
+pub(crate) mod script;
 
 use std::path::Path;
 
@@ -40,6 +42,11 @@ pub(crate) trait Answerer {
     /// Rows to decode together where the params do not say.
     fn rows_at_once(&self) -> usize {
         16
+    }
+
+    /// Whether a few short prompts take the time of their tokens, so that they tell of the rest.
+    fn time_follows_tokens(&self) -> bool {
+        true
     }
 
     /// Most bytes of device memory held so far, where the device has its own.

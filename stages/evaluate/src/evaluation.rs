@@ -14,7 +14,7 @@ use crate::answerer::Answerer;
 use crate::generation::{Answer, Answers, answer, prepare};
 use crate::metrics::{Baseline, summarise};
 use crate::params::Params;
-use crate::{parse, score};
+use crate::{parse, score, summary};
 
 /// Loads a model folder with an adapter folder.
 pub(crate) type Load<'a> =
@@ -50,7 +50,8 @@ pub(crate) fn run(
         batch_size: params.batch_size.unwrap_or(answerer.rows_at_once()),
     };
     let checkpoints = Checkpoints::of(request);
-    let answered = answer(&*answerer, &tokens, &options, &checkpoints, reporter)?;
+    let usual = baseline.as_ref().and_then(Baseline::mean_tokens);
+    let answered = answer(&*answerer, &tokens, &options, usual, &checkpoints, reporter)?;
     let (scored, manual) = questions.prompts.split_at(questions.scored);
     let (to_score, to_show) = answered.answers.split_at(questions.scored);
     let predictions = predict(&*answerer, scored, to_score)?;
@@ -64,6 +65,8 @@ pub(crate) fn run(
         let shown = show(&*answerer, manual, to_show)?;
         data::write_jsonl(request.output("manual")?, &shown)?;
     }
+    let compared = baseline.as_ref().map(|b| &b.metrics);
+    summary::report(&metrics, compared, questions.prompts.len(), reporter);
     Ok(outcome(&*answerer, &answered, &metrics))
 }
 

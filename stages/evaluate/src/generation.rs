@@ -12,9 +12,11 @@ use model::{GenerateOptions, Generated};
 use serde::{Deserialize, Serialize};
 
 use crate::answerer::Answerer;
+use crate::estimate::Work;
 
 /// Shortest time between two checkpoints, except for the last.
-const CHECKPOINT_INTERVAL: Duration = Duration::from_secs(3);
+const CHECKPOINT_INTERVAL: Duration =
+    if cfg!(test) { Duration::ZERO } else { Duration::from_secs(3) };
 
 /// A finished answer.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -75,11 +77,13 @@ pub(crate) fn prepare(
     Ok((encoded, ends.into_iter().collect()))
 }
 
-/// Answers every prompt, continuing where an earlier attempt was killed.
+/// Answers every prompt, continuing where an earlier attempt was killed. All but the last row are
+/// reported: the stage is not done before they are scored.
 pub(crate) fn answer(
     answerer: &dyn Answerer,
     prompts: &[Vec<u32>],
     options: &GenerateOptions,
+    usual_tokens: Option<f64>,
     checkpoints: &Checkpoints,
     reporter: &mut Reporter,
 ) -> Result<Answers, StageError> {
@@ -90,6 +94,12 @@ pub(crate) fn answer(
     let is_done: BTreeSet<usize> = adopted.iter().map(|a| a.prompt).collect();
     let waiting: Vec<usize> = (0..prompts.len()).filter(|i| !is_done.contains(i)).collect();
     let texts: Vec<Vec<u32>> = waiting.iter().map(|i| prompts[*i].clone()).collect();
+    let work = Work { prompts: &texts, options, usual_tokens };
+    if !texts.is_empty() {
+        reporter.log(format!("{} rows to answer: {}", texts.len(), work.amount()));
+        reporter.advance(adopted.len() as u64, prompts.len() as u64, "rows", work.amount());
+        work.estimate(answerer, reporter)?;
+    }
     let mut desk = Desk::new(adopted, prompts, options.batch_size);
     let mut failure = None;
     answerer.generate(&texts, options, &mut |generated| {
@@ -153,7 +163,7 @@ impl<'a> Desk<'a> {
         self.answers.push(Answer { prompt, tokens, ended });
         let (done, total) = (self.answers.len(), self.prompts.len());
         let seconds = self.start.elapsed().as_secs_f64().max(1e-9);
-        if done - self.resumed == self.first_batch {
+        if done - self.resumed == self.first_batch && done < total {
             reporter.send(&Progress::Estimate {
                 seconds: Some(seconds / self.first_batch as f64 * (total - done) as f64),
                 bytes: crate::peak_memory(),
@@ -161,7 +171,9 @@ impl<'a> Desk<'a> {
             });
         }
         let rate = (self.prompt_tokens + self.generated_tokens) as f64 / seconds;
-        reporter.advance(done as u64, total as u64, "rows", format!("{rate:.0} tok/s"));
+        if done < total {
+            reporter.advance(done as u64, total as u64, "rows", format!("{rate:.0} tok/s"));
+        }
         if self.saved.elapsed() >= CHECKPOINT_INTERVAL || done == total {
             let bytes = serde_json::to_vec(&self.answers).map_err(StageError::internal)?;
             let saved = checkpoints.save(done as u64, &bytes);

@@ -1,6 +1,6 @@
 //! Sums scored predictions up.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use contract::StageError;
 use data::{ClassCounts, Metrics, Paired, Prediction};
@@ -75,8 +75,10 @@ impl Baseline {
                 .help("wire both evaluations to the same `prompts` and run again"));
         }
         if &self.metrics.decoding != decoding {
-            let keys = decoding.keys().chain(self.metrics.decoding.keys());
-            let mut differing: Vec<String> = keys
+            let keys: BTreeSet<&String> =
+                decoding.keys().chain(self.metrics.decoding.keys()).collect();
+            let differing: Vec<String> = keys
+                .into_iter()
                 .filter(|key| decoding.get(*key) != self.metrics.decoding.get(*key))
                 .map(|key| {
                     let shown = |map: &Map<String, Value>| map.get(key).map(Value::to_string);
@@ -89,13 +91,19 @@ impl Baseline {
                     )
                 })
                 .collect();
-            differing.dedup();
             let differing = differing.join(", ");
             let message = format!("the baseline decoded otherwise: {differing}");
             return Err(StageError::input(message)
                 .help("give both evaluations the same params and run again"));
         }
         Ok(())
+    }
+
+    /// Mean length of its answers in tokens, the end mark included.
+    pub(crate) fn mean_tokens(&self) -> Option<f64> {
+        let tokens: u64 = self.predictions.iter().map(|p| p.tokens + u64::from(p.ended)).sum();
+        let count = self.predictions.len();
+        (count > 0).then(|| tokens as f64 / count as f64)
     }
 
     /// Compares prompt by prompt.
@@ -127,3 +135,7 @@ impl Baseline {
         Ok(compared.collect())
     }
 }
+
+#[cfg(test)]
+#[path = "metrics/tests.rs"]
+mod tests;

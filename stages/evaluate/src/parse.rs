@@ -157,19 +157,25 @@ fn as_call(value: &Value) -> Option<Call> {
 /// arguments take the names of the tool's properties in their order.
 fn python_calls(text: &str, tools: &[Tool]) -> Vec<Call> {
     let mut calls = Vec::new();
-    let mut at = 0;
+    let (mut at, mut read) = (0, 0);
     for line in text.split_inclusive('\n') {
+        let start = at;
+        at += line.len();
+        // Calls that began above may end below this line, which is theirs then.
+        if start < read {
+            continue;
+        }
         let begin = line.trim_start_matches(|c: char| c.is_whitespace() || matches!(c, '`' | '['));
         let begin = begin.strip_prefix("print(").unwrap_or(begin);
-        let mut cursor = Cursor::new(text, at + line.len() - begin.len());
+        let mut cursor = Cursor::new(text, at - begin.len());
         while let Some(call) = python_call(&mut cursor, tools) {
             calls.push(call);
+            read = cursor.at();
             if !cursor.take(',') {
                 break;
             }
             cursor.skip_space();
         }
-        at += line.len();
     }
     calls
 }

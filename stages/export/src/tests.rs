@@ -13,6 +13,8 @@ use serde_json::{Map, Value, json};
 
 use super::*;
 
+mod evaluated;
+
 const TEMPLATE: &str = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + \
     m['content'] + '<|im_end|>\\n' }}{% endfor %}{% if add_generation_prompt %}\
     {{ '<|im_start|>assistant\\n' }}{% endif %}";
@@ -89,7 +91,7 @@ fn run(params: Value, inputs: &[(&str, &Path)]) -> Result<tempfile::TempDir, Sta
     run_kind(&Export, params, inputs)
 }
 
-/// Runs a stage; the folder holds its outputs under their file names.
+/// Runs a stage; the folder holds its outputs under their file names, and `log`.
 fn run_kind(
     kind: &dyn StageKind,
     params: Value,
@@ -113,7 +115,9 @@ fn run_kind(
         threads: 2,
     };
     std::fs::create_dir(&request.scratch).unwrap();
-    kind.run(&request, &mut Reporter::silent()).map(|_| dir)
+    let log = Box::new(std::fs::File::create(dir.path().join("log")).unwrap());
+    let mut reporter = Reporter::new(Box::new(std::io::sink())).with_log(log);
+    kind.run(&request, &mut reporter).map(|_| dir)
 }
 
 fn input_ids(family: &str) -> Vec<i32> {
@@ -167,45 +171,6 @@ fn fixture_every_format_gives_the_adapters_logits_up_to_its_rounding() {
             assert!(error > 0.0 && error < 0.15, "{family} {format}: {error}");
             assert_eq!(stats["merged"], 14, "{family} {format}");
         }
-    }
-}
-
-#[test]
-fn fixture_every_format_is_evaluated_like_the_adapter_and_compared_with_it() {
-    let (model, adapter) = (with_tokenizer("qwen2", "f32"), tiny("qwen2", "adapter"));
-    let prompts = model.path().join("prompts.jsonl");
-    let lines: Vec<data::Prompt> = (0..6)
-        .map(|i| data::Prompt {
-            id: format!("{i}#1"),
-            index: i,
-            turn: 1,
-            text: format!("<|im_start|>user\nWhat's {i}*7?<|im_end|>\n<|im_start|>assistant\n"),
-            end_mark: "<|im_end|>".to_owned(),
-            user: format!("What's {i}*7?"),
-            tools: Vec::new(),
-            expected: Some(data::Expected { calls: Vec::new(), text: (7 * i).to_string() }),
-        })
-        .collect();
-    data::write_jsonl(&prompts, &lines).unwrap();
-    let evaluate = |inputs: &[(&str, &Path)]| {
-        run_kind(&stage_evaluate::Evaluate, json!({"max_new_tokens": 8}), inputs).unwrap()
-    };
-    let tuned = evaluate(&[("model", model.path()), ("adapter", &adapter), ("prompts", &prompts)]);
-    let (metrics, predictions) =
-        (tuned.path().join("metrics.json"), tuned.path().join("predictions.jsonl"));
-    for format in ["safetensors", "gguf-f16", "gguf-q8_0", "gguf-q4_0"] {
-        let inputs = [("model", model.path()), ("adapter", &*adapter)];
-        let out = run(json!({"format": format}), &inputs).unwrap();
-        let evaluated = evaluate(&[
-            ("model", &out.path().join("model")),
-            ("prompts", &prompts),
-            ("baseline_metrics", &metrics),
-            ("baseline_predictions", &predictions),
-        ]);
-        let text = std::fs::read(evaluated.path().join("metrics.json")).unwrap();
-        let found: data::Metrics = serde_json::from_slice(&text).unwrap();
-        assert_eq!(found.prompts, 6, "{format}");
-        assert!(!found.against_baseline.is_empty(), "{format}");
     }
 }
 

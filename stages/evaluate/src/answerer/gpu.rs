@@ -76,6 +76,11 @@ impl Answerer for CudaAnswerer {
         64
     }
 
+    /// Kernels are compiled when they are first used, and a prefill has its full size always.
+    fn time_follows_tokens(&self) -> bool {
+        false
+    }
+
     fn peak_device_bytes(&self) -> Option<u64> {
         Some(self.generator.device().peak_bytes())
     }
