@@ -11,6 +11,7 @@ mod damage;
 mod diagnostics;
 mod doctor;
 mod failures;
+mod full_disk;
 #[cfg(feature = "remote")]
 mod http;
 mod processes;
