@@ -2,6 +2,8 @@
 
 #![allow(clippy::print_stdout, clippy::unwrap_used, reason = "tests")]
 
+#[cfg(feature = "stages")]
+mod bad_input;
 mod cache;
 mod caching;
 mod commands;
@@ -22,6 +24,8 @@ mod remote;
 mod schema;
 mod space;
 mod sweeps;
+#[cfg(feature = "stages")]
+mod tiny_model;
 mod truth;
 mod watch;
 mod words;
