@@ -16,6 +16,8 @@ mod failures;
 mod full_disk;
 #[cfg(feature = "remote")]
 mod http;
+#[cfg(feature = "stages")]
+mod plannable;
 mod processes;
 mod profiles;
 mod programs;
