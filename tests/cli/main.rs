@@ -21,6 +21,8 @@ mod plannable;
 mod processes;
 mod profiles;
 mod programs;
+#[cfg(feature = "stages")]
+mod quickstart;
 #[cfg(feature = "remote")]
 mod remote;
 mod schema;
