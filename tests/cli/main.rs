@@ -16,6 +16,7 @@ mod failures;
 mod full_disk;
 #[cfg(feature = "remote")]
 mod http;
+mod logging;
 #[cfg(feature = "stages")]
 mod plannable;
 mod processes;
