@@ -89,10 +89,3 @@ fn init_takes_rows_of_the_user_s_own() {
     let bad = space.pipe(&["init", "mine", "--force", "--from", "mine/rows.jsonl"]).code(2);
     assert!(bad.err.contains("rows.jsonl:2"), "{}", bad.err);
 }
-
-#[test]
-fn log_file_takes_what_the_engine_does() {
-    let space = Space::new(DIAMOND);
-    space.pipe(&["run", "--log-file", "engine.log"]).code(0);
-    assert!(space.path("engine.log").exists());
-}

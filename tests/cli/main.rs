@@ -2,6 +2,8 @@
 
 #![allow(clippy::print_stdout, clippy::unwrap_used, reason = "tests")]
 
+#[cfg(feature = "stages")]
+mod bad_input;
 mod cache;
 mod caching;
 mod commands;
@@ -11,17 +13,25 @@ mod damage;
 mod diagnostics;
 mod doctor;
 mod failures;
+mod full_disk;
 mod gpus;
 #[cfg(feature = "remote")]
 mod http;
+mod logging;
+#[cfg(feature = "stages")]
+mod plannable;
 mod processes;
 mod profiles;
 mod programs;
+#[cfg(feature = "stages")]
+mod quickstart;
 #[cfg(feature = "remote")]
 mod remote;
 mod schema;
 mod space;
 mod sweeps;
+#[cfg(feature = "stages")]
+mod tiny_model;
 mod truth;
 mod watch;
 mod words;

@@ -122,6 +122,22 @@ impl Space {
     }
 }
 
+/// The same command, as the last arguments of another program.
+pub(crate) fn through(program: &[&str], command: &Command) -> Command {
+    let mut wrapped = Command::new(program[0]);
+    wrapped.args(&program[1..]).arg(command.get_program()).args(command.get_args());
+    if let Some(folder) = command.get_current_dir() {
+        wrapped.current_dir(folder);
+    }
+    for (name, value) in command.get_envs() {
+        match value {
+            Some(value) => wrapped.env(name, value),
+            None => wrapped.env_remove(name),
+        };
+    }
+    wrapped
+}
+
 pub(crate) fn ran(output: &Output) -> Ran {
     Ran {
         code: output.status.code(),
