@@ -66,7 +66,7 @@ fn evaluate(inputs: &[(&str, &Path)], baseline: Option<&Evaluated>) -> Evaluated
     let metrics = serde_json::from_str(&text("metrics.json")).unwrap();
     let predictions = data::read_jsonl(&dir.path().join("predictions.jsonl")).unwrap();
     let log = text("log");
-    Evaluated { metrics, predictions, log, dir }
+    Evaluated { dir, metrics, predictions, log }
 }
 
 /// Two-sided exact McNemar test in whole numbers: of `n` discordant pairs at most `fewer` one way.
