@@ -171,7 +171,7 @@ impl Device {
         let ptr = unsafe { result::malloc_sync(bytes as usize) }.map_err(|e| {
             if e.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY {
                 let free = self.context.mem_get_info().map_or(0, |(free, _)| free as u64);
-                CudaError::Memory { wanted: bytes, free }
+                CudaError::Memory { what: format!("{bytes} bytes more ({free} are free)") }
             } else {
                 e.into()
             }
