@@ -339,7 +339,7 @@ impl<'a> Session<'a> {
         let pass = Pass { step: &self.step, device, frozen, lora, b: &b, cache };
         if self.cache.is_decoding {
             // One shape a session, at addresses that stay.
-            self.recorder.run(device, [0; 5], || self.enqueue(&pass))?;
+            self.recorder.run(device, [0; 5], || self.enqueue(&pass), || ())?;
         } else {
             self.enqueue(&pass)?;
         }

@@ -332,7 +332,8 @@ impl Step {
         }
         let shape = [b.n as u64, b.targets as u64];
         let key = [shape[0], shape[1], frozen.embed.ptr(), lora.operand(0), 1];
-        self.recorder.run(device, key, || self.enqueue(&pass))
+        let forget = || self.ahead.iter().for_each(Ahead::forget);
+        self.recorder.run(device, key, || self.enqueue(&pass), forget)
     }
 
     /// Forward and backward of a batch that is on the device.
