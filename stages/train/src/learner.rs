@@ -12,6 +12,8 @@ mod host;
 #[cfg(feature = "cuda")]
 mod scaler;
 mod start;
+#[cfg(feature = "cuda")]
+mod ways;
 
 use contract::{Reporter, StageError};
 use model::{

@@ -34,6 +34,9 @@ const ATTENTION_PARTS: [(&str, &str); 2] = [
     ("attention_mma.cuh", include_str!("../kernels/attention/attention_mma.cuh")),
     ("attention_wgmma.cuh", include_str!("../kernels/attention/attention_wgmma.cuh")),
 ];
+/// Bytes to leave beside our buffers: the driver loads kernels of ours and of cuBLASLt when they are
+/// first used, and recorded launches lie on the device.
+const RESERVE: u64 = 384 << 20;
 /// Scratch of cuBLASLt.
 pub(crate) const WORKSPACE: u64 = 32 << 20;
 
@@ -275,6 +278,14 @@ impl Device {
         Ok(self.stream.synchronize()?)
     }
 
+    /// Waits for all work of all streams, so that what it uses may be dropped.
+    ///
+    /// # Errors
+    /// [`CudaError::Driver`], also for a fault of earlier work.
+    pub fn drain(&self) -> Result<(), CudaError> {
+        Ok(self.context.synchronize()?)
+    }
+
     /// The stream that work goes to.
     pub(crate) fn cu_stream(&self) -> sys::CUstream {
         self.current.get().0
@@ -311,9 +322,27 @@ impl Device {
         Ok(self.context.mem_get_info()?.1 as u64)
     }
 
+    /// Refuses to go on where so little memory is left that kernels may not find room.
+    ///
+    /// # Errors
+    /// [`CudaError::Memory`].
+    pub fn check_reserve(&self) -> Result<(), CudaError> {
+        let free = self.free_bytes()?;
+        if free >= RESERVE {
+            return Ok(());
+        }
+        let what = format!("kernels beside all buffers ({free} bytes are free)");
+        Err(CudaError::Memory { what })
+    }
+
     /// Peak of the bytes in buffers, in bytes.
     pub fn peak_bytes(&self) -> u64 {
         self.memory.peak.get()
+    }
+
+    /// Starts the peak anew from what there is, so that an attempt that fails does not count.
+    pub fn reset_peak(&self) {
+        self.memory.peak.set(self.memory.live.get());
     }
 
     /// Starts timing launches by class.
