@@ -118,7 +118,7 @@ impl<'a, L: Learner> Trainer<'a, L> {
         };
         if let Some((state, rest)) = State::from_bytes(&bytes)
             && state.step() <= self.total_steps()
-            && self.learner.read_state(rest)?
+            && self.learner.read_state(rest, reporter)?
         {
             let step = state.step();
             reporter.log(format!("resumed after step {step}"));

@@ -35,6 +35,9 @@ struct Prepared {
     optimizer: Optimizer,
     step: Step,
     way: Way,
+    /// Tokens of the longest micro-batch and of the longest row.
+    batch: usize,
+    row: usize,
 }
 
 impl CudaLearner {
@@ -78,13 +81,17 @@ impl CudaLearner {
 
     /// Makes ready for the first of the ways that fits. Returns the seconds of a micro-batch of the
     /// greatest size as well.
-    fn fit(&self, ways: &[Way], row: usize) -> Result<(Prepared, f64), CudaError> {
+    fn fit(
+        &self,
+        ways: &[Way],
+        (batch, row): (usize, usize),
+    ) -> Result<(Prepared, f64), CudaError> {
         first_fit(ways, |way, is_another_left| {
             self.gpu.reset_peak();
-            let prepared = self.make(way)?;
+            let prepared = self.make(way, (batch, row))?;
             // The last way may take what there is.
             let reserve = if is_another_left { self.gpu.check_reserve() } else { Ok(()) };
-            match reserve.and_then(|()| self.rehearse(&prepared, row)) {
+            match reserve.and_then(|()| self.rehearse(&prepared)) {
                 Ok(seconds) => Ok((prepared, seconds)),
                 Err(error) if error.is_memory() => {
                     // Work under way reads and writes what is dropped.
@@ -99,23 +106,23 @@ impl CudaLearner {
     }
 
     /// Buffers and states for one way.
-    fn make(&self, way: Way) -> Result<Prepared, CudaError> {
+    fn make(&self, way: Way, (batch, row): (usize, usize)) -> Result<Prepared, CudaError> {
         let Way { activations, capacity } = way;
         let step = Step::new(&self.gpu, &self.frozen, &self.lora, capacity, activations)?;
         let tensors = self.adapter.tensors();
         let maps = dynamic_maps();
         let spare = Some(step.spare());
         let optimizer = Optimizer::new(&self.gpu, self.settings, &tensors, &maps, spare)?;
-        Ok(Prepared { optimizer, step, way })
+        Ok(Prepared { optimizer, step, way, batch, row })
     }
 
     /// Runs a micro-batch of the greatest size as often as it takes until it runs as in training, and
     /// forgets it: the first time loads what is not loaded yet, the second records. Returns the seconds
     /// of the third.
-    fn rehearse(&self, prepared: &Prepared, row: usize) -> Result<f64, CudaError> {
+    fn rehearse(&self, prepared: &Prepared) -> Result<f64, CudaError> {
         let (capacity, config) = (prepared.way.capacity, &self.config);
         // A row may hold more tokens than a sequence.
-        let length = row.clamp(1, config.max_position_embeddings);
+        let length = prepared.row.clamp(1, config.max_position_embeddings);
         let tokens: Vec<i32> = (0..capacity).map(|i| (i % config.vocab_size) as i32).collect();
         let mut bounds: Vec<i32> = (0..capacity).step_by(length).map(|i| i as i32).collect();
         bounds.push(capacity as i32);
@@ -129,6 +136,36 @@ impl CudaLearner {
         }
         self.lora.zero_grad(&self.gpu)?;
         Ok(seconds)
+    }
+
+    /// Has as many tokens run at once as when a checkpoint was written: sums are made in that order,
+    /// and the memory that is free now must not decide the result.
+    fn return_to(&mut self, wanted: Way, reporter: &mut Reporter) -> Result<(), StageError> {
+        let Some(Prepared { way: own, batch, row, .. }) = self.prepared else { return Ok(()) };
+        if own.capacity == wanted.capacity {
+            return Ok(());
+        }
+        self.prepared = None;
+        let same = ways(self.activations, wanted.capacity, wanted.capacity);
+        let prepared = match self.fit(&same, (batch, row)) {
+            Err(error) if error.is_memory() => {
+                reporter.warn(format!(
+                    "the checkpoint was made with {} tokens at once (activations: {}), for which \
+                     there is no memory now ({error}): resuming with {}, so that the result may \
+                     differ in its last bits from that of an uninterrupted run",
+                    wanted.capacity,
+                    wanted.name(),
+                    own.capacity,
+                ));
+                self.fit(&[own], (batch, row))
+            }
+            fitted => fitted,
+        };
+        let (prepared, _) = prepared.map_err(|error| no_room(error, self.activations, row))?;
+        let way = prepared.way;
+        reporter.log(format!("activations: {}, {} tokens at once", way.name(), way.capacity));
+        self.prepared = Some(prepared);
+        Ok(())
     }
 
     fn prepared(&self) -> Result<&Prepared, StageError> {
@@ -169,7 +206,7 @@ impl Learner for CudaLearner {
         reporter: &mut Reporter,
     ) -> Result<Option<f64>, StageError> {
         let (prepared, seconds) = self
-            .fit(&ways(self.activations, batch, row), row)
+            .fit(&ways(self.activations, batch, row), (batch, row))
             .map_err(|error| no_room(error, self.activations, row))?;
         let way = prepared.way;
         self.prepared = Some(prepared);
@@ -238,24 +275,36 @@ impl Learner for CudaLearner {
     }
 
     fn write_state(&self, out: &mut Vec<u8>) -> Result<(), StageError> {
-        let values = self.values()?;
+        let (values, prepared) = (self.values()?, self.prepared()?);
+        prepared.way.write(out);
         out.extend((values.len() as u64).to_le_bytes());
         out.extend(values.iter().flat_map(|v| v.to_le_bytes()));
         self.scaler.write(out);
-        Ok(self.prepared()?.optimizer.write(&self.gpu, out)?)
+        Ok(prepared.optimizer.write(&self.gpu, out)?)
     }
 
-    fn read_state(&mut self, bytes: &[u8]) -> Result<bool, StageError> {
+    fn read_state(&mut self, bytes: &[u8], reporter: &mut Reporter) -> Result<bool, StageError> {
+        let Some((way, bytes)) = Way::read(bytes) else { return Ok(false) };
         let mut values = vec![0.0; self.adapter.values.len()];
         let Some(mut rest) = bytes.strip_prefix(&(values.len() as u64).to_le_bytes()) else {
             return Ok(false);
         };
-        let Some(prepared) = &mut self.prepared else { return Ok(false) };
         let Some(()) = crate::optimizer::read_f32(&mut values, &mut rest) else { return Ok(false) };
         let Some((scaler, rest)) = self.scaler.read(rest) else { return Ok(false) };
-        if !prepared.optimizer.read(&self.gpu, rest)? {
+        let Some(Prepared { optimizer, batch, row, .. }) = &self.prepared else { return Ok(false) };
+        let is_of_this_run = way.is_none_or(|way| (*row..=*batch).contains(&way.capacity));
+        if !is_of_this_run || !optimizer.accepts(rest) {
             return Ok(false);
         }
+        match way {
+            Some(way) => self.return_to(way, reporter)?,
+            None => reporter.warn(
+                "the checkpoint does not say how many tokens ran at once: the result may differ in \
+                 its last bits from that of an uninterrupted run",
+            ),
+        }
+        let Some(prepared) = &mut self.prepared else { return Ok(false) };
+        prepared.optimizer.read(&self.gpu, rest)?;
         self.scaler = scaler;
         self.lora.write_values(&self.gpu, &values)?;
         Ok(true)

@@ -16,14 +16,34 @@ pub(crate) struct Way {
     pub(crate) capacity: usize,
 }
 
+/// Start of a way as bytes; what older versions wrote there is a number of values, which is smaller.
+const MAGIC: &[u8] = b"cuda-way";
+
 impl Way {
+    pub(crate) fn write(self, out: &mut Vec<u8>) {
+        out.extend(MAGIC);
+        out.push(KINDS.iter().position(|(kind, _)| *kind == self.activations).unwrap_or(0) as u8);
+        out.extend((self.capacity as u64).to_le_bytes());
+    }
+
+    /// What [`Way::write`] wrote, and the rest; no way where an older version wrote the bytes. `None`
+    /// where they are something else.
+    pub(crate) fn read(bytes: &[u8]) -> Option<(Option<Self>, &[u8])> {
+        let Some(rest) = bytes.strip_prefix(MAGIC) else { return Some((None, bytes)) };
+        let (kind, rest) = rest.split_first()?;
+        let (capacity, rest) = rest.split_first_chunk::<8>()?;
+        let (activations, _) = *KINDS.get(usize::from(*kind))?;
+        let capacity = usize::try_from(u64::from_le_bytes(*capacity)).ok()?;
+        Some((Some(Self { activations, capacity }), rest))
+    }
+
     /// The name of what is kept.
     pub(crate) fn name(self) -> &'static str {
         KINDS.iter().find(|(kind, _)| *kind == self.activations).map_or("", |(_, name)| *name)
     }
 }
 
-/// What may be kept, the fastest first, by the names of the param.
+/// What may be kept, the fastest first, by the names of the param; checkpoints hold the places here.
 const KINDS: [(Activations, &str); 3] = [
     (Activations::Keep, "keep"),
     (Activations::Recompute, "recompute"),
@@ -187,5 +207,20 @@ mod tests {
         assert!(help(params::Activations::Recompute).contains("`activations: offload`, or lower"));
         assert!(!help(params::Activations::Auto).contains("activations"));
         assert!(help(params::Activations::Auto).contains("512 tokens"));
+    }
+
+    #[test]
+    fn a_way_reads_back_and_older_bytes_have_none() {
+        for way in ways(params::Activations::Auto, 4096, 2048) {
+            let mut bytes = Vec::new();
+            way.write(&mut bytes);
+            bytes.push(7);
+            assert_eq!(Way::read(&bytes), Some((Some(way), &[7][..])));
+            assert_eq!(Way::read(&bytes[..12]), None);
+            bytes[MAGIC.len()] = 9;
+            assert_eq!(Way::read(&bytes), None);
+        }
+        let older = 1_000_000u64.to_le_bytes();
+        assert_eq!(Way::read(&older), Some((None, &older[..])));
     }
 }
