@@ -20,10 +20,11 @@ use serde_json::Value;
 
 use crate::params::Params;
 
-/// Changes when the same answers would be parsed, scored or summed up differently.
+/// Changes when the same answers would be parsed, scored or summed up differently, or a device would
+/// answer differently.
 ///
-/// 1: first.
-const VERSION: u32 = 1;
+/// 1: first. 2: on a GPU the number of prompts decides no shape of a product.
+const VERSION: u32 = 2;
 
 /// The stage kind `evaluate`.
 pub struct Evaluate;

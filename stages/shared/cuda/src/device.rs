@@ -335,6 +335,11 @@ impl Device {
         Err(CudaError::Memory { what })
     }
 
+    /// Bytes of memory that buffers may take.
+    pub(crate) fn spare_bytes(&self) -> Result<u64, CudaError> {
+        Ok(self.free_bytes()?.saturating_sub(RESERVE))
+    }
+
     /// Peak of the bytes in buffers, in bytes.
     pub fn peak_bytes(&self) -> u64 {
         self.memory.peak.get()
