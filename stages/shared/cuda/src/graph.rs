@@ -37,9 +37,8 @@ impl Device {
             stream::begin_capture(own, mode)?;
             let worked = work();
             let template = stream::end_capture(own)?;
-            let ready = worked.and_then(|()| {
-                Ok(graph::instantiate(template, sys::CUgraphInstantiate_flags(0))?)
-            });
+            let ready = worked
+                .and_then(|()| Ok(graph::instantiate(template, sys::CUgraphInstantiate_flags(0))?));
             graph::destroy(template)?;
             Ok(Graph(ready?))
         }

@@ -1,11 +1,11 @@
 //! Kernels against their CPU twins, in every type; need a GPU, else they are skipped.
 
-use checkpoint::{Absmax, FloatType, LinearWeight, NestedAbsmax, Nf4};
+use checkpoint::{Absmax, FloatType, NestedAbsmax, Nf4, StoredMatrix};
 use kernels::cross_entropy::linear_cross_entropy;
 use kernels::{elementwise, norm};
 
 use crate::device::{Buffer, Device, args};
-use crate::weights::decode_linear;
+use crate::weights::{decode_linear, matrix::Matrix};
 use crate::{Dtype, Linear};
 
 /// GPUs in every type, or none and a word about it.
@@ -210,7 +210,8 @@ fn four_bit_weights_decode_to_the_bits_of_the_cpu() {
                 let codes = bytes(outputs * inputs / 2, 14);
                 let weight = Nf4::new([outputs, inputs], 64, own, codes.into(), absmax).unwrap();
                 let wanted = device.dtype.encode(&weight.decode());
-                let linear = Linear::upload(&device, LinearWeight::Nf4(weight)).unwrap();
+                let matrix = Matrix::Stored(StoredMatrix::Nf4(weight));
+                let linear = Linear::upload(&device, &matrix, [outputs, inputs]).unwrap();
                 assert!(matches!(linear, Linear::Nf4 { .. }));
                 let out = device.elements(outputs * inputs).unwrap();
                 decode_linear(&device, &linear, (inputs, outputs), out.ptr(), inputs).unwrap();
