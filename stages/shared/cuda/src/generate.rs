@@ -15,6 +15,7 @@ use crate::attention::Attention;
 use crate::device::{Buffer, Device, args};
 use crate::gemm::{Gemm, View};
 use crate::graph::Recorder;
+use crate::sizes::check_decoding;
 use crate::step::pass::{Pass, gather};
 use crate::step::{Batch, COLUMNS, Step};
 use crate::{CudaError, Frozen};
@@ -130,8 +131,9 @@ impl Generator {
     /// Takes weights that are on the device.
     ///
     /// # Errors
-    /// [`CudaError`] where memory runs out.
+    /// [`CudaError`] where memory runs out, or for a size that the kernels do not serve.
     pub fn new(device: Device, frozen: Frozen, adapter: &Adapter) -> Result<Self, CudaError> {
+        check_decoding(&frozen.config, device.dtype)?;
         let lora = Lora::new(&device, &frozen.config, adapter)?;
         Ok(Self { reduced: Cell::new(None), lora, frozen, device })
     }

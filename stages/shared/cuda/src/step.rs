@@ -16,6 +16,7 @@ use crate::adapter::Lora;
 use crate::attention::Plan;
 use crate::device::{Buffer, Device};
 use crate::graph::Recorder;
+use crate::sizes::check_loss;
 use crate::staging::Staging;
 use crate::{CudaError, Frozen};
 use ahead::Ahead;
@@ -194,7 +195,8 @@ impl Step {
     /// Buffers for micro-batches of up to `capacity` tokens.
     ///
     /// # Errors
-    /// [`CudaError::Memory`] where they do not fit.
+    /// [`CudaError::Memory`] where they do not fit, [`CudaError::Input`] for a vocabulary that the loss
+    /// does not serve.
     pub fn new(
         device: &Device,
         frozen: &Frozen,
@@ -202,6 +204,7 @@ impl Step {
         capacity: usize,
         activations: Activations,
     ) -> Result<Self, CudaError> {
+        check_loss(&frozen.config, device.dtype)?;
         Self::build(device, frozen, lora, capacity, Purpose::Train(activations))
     }
 

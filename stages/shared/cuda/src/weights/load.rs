@@ -8,6 +8,7 @@ use super::matrix::Matrix;
 use super::{Frozen, Layer, Linear, NAMES, shape};
 use crate::CudaError;
 use crate::device::{Buffer, Device};
+use crate::sizes::check_layers;
 
 /// Reads weights and puts them on the device.
 struct Loader<'a> {
@@ -24,10 +25,11 @@ impl Frozen {
     /// Loads a model folder: four-bit weights as they are stored, others in the device's type.
     ///
     /// # Errors
-    /// [`CudaError`] naming what is missing.
+    /// [`CudaError`] naming what is missing, or a size that the kernels do not serve.
     pub fn load(device: &Device, folder: &Path) -> Result<Self, CudaError> {
         let folder = ModelFolder::open(folder).map_err(wrong)?;
         let config = ModelConfig::read(&folder).map_err(wrong)?;
+        check_layers(&config, device.dtype)?;
         let weights = Weights::open(&folder, &config).map_err(wrong)?;
         let loader = Loader { device, weights: &weights, config: &config };
         let untied = weights.has("lm_head.weight") && !config.tie_word_embeddings;
