@@ -228,12 +228,13 @@ impl<'a> Session<'a> {
         length: usize,
     ) -> Result<Self, CudaError> {
         let Generator { lora, frozen, device, .. } = own;
-        let prefill = prefill_rows(longest);
+        // Padding has positions as well.
+        let (prefill, positions) = (prefill_rows(longest), length.max(ALIGNMENT));
         let (hidden, vocabulary) = (frozen.config.hidden_size, frozen.config.vocab_size);
         Ok(Self {
             own,
             slots,
-            step: Step::forward_only(device, frozen, lora, prefill.max(slots), length)?,
+            step: Step::forward_only(device, frozen, lora, prefill.max(slots), positions)?,
             cache: Cache::new(device, frozen, slots, length)?,
             last: device.residual_elements(slots * hidden)?,
             normed: device.elements(slots * hidden)?,

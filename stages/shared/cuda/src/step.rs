@@ -80,6 +80,8 @@ pub struct Step {
     activations: Activations,
     attention: Option<Plan>,
     capacity: usize,
+    /// Rows of the rotary tables: no sequence is longer.
+    positions: usize,
     widths: [usize; 4],
     states: Vec<State>,
     /// Residual stream before each layer, and after the last; two in turn without a backward pass.
@@ -227,7 +229,9 @@ impl Step {
         purpose: Purpose,
     ) -> Result<Self, CudaError> {
         let (activations, positions, trains) = match purpose {
-            Purpose::Train(activations) => (activations, capacity, true),
+            Purpose::Train(activations) => {
+                (activations, capacity.min(frozen.config.max_position_embeddings), true)
+            }
             Purpose::Answer { positions } => (Activations::Recompute, positions, false),
         };
         let c = &frozen.config;
@@ -292,6 +296,7 @@ impl Step {
             activations,
             attention,
             capacity,
+            positions,
             widths,
             states,
             residual,
@@ -436,6 +441,11 @@ impl Step {
                 columns[3].push(bounds[1]);
             }
         }
+        if longest as usize > self.positions {
+            let message =
+                format!("a sequence of {longest} tokens where {} positions fit", self.positions);
+            return Err(CudaError::Input(message));
+        }
         for (row, target) in batch.targets.iter().enumerate().filter(|(_, t)| **t != -100) {
             columns[4].push(row as i32);
             columns[5].push(*target);
@@ -476,10 +486,10 @@ impl Step {
 }
 
 /// Cosines and sines `[positions, d / 2]`.
-fn rope_tables(c: &checkpoint::ModelConfig, capacity: usize) -> (Vec<f32>, Vec<f32>) {
+fn rope_tables(c: &checkpoint::ModelConfig, positions: usize) -> (Vec<f32>, Vec<f32>) {
     let half = c.head_dim / 2;
     let mut tables = (Vec::new(), Vec::new());
-    for position in 0..capacity.min(c.max_position_embeddings) {
+    for position in 0..positions {
         for j in 0..half {
             // transformers forms the frequencies in f32.
             let power = (2 * j) as f32 / c.head_dim as f32;
