@@ -104,8 +104,17 @@ impl Device {
     /// [`CudaError::Library`] or [`CudaError::Version`] where driver, NVRTC or cuBLASLt are missing or
     /// too old.
     pub fn open(ordinal: usize, dtype: Dtype) -> Result<Self, CudaError> {
+        Self::on(Self::find(ordinal)?, dtype)
+    }
+
+    /// A GPU that can be looked at; a [`Device`] on it stays for the life of the process.
+    pub(crate) fn find(ordinal: usize) -> Result<Arc<CudaContext>, CudaError> {
         versions::check()?;
-        let context = CudaContext::new(ordinal)?;
+        Ok(CudaContext::new(ordinal)?)
+    }
+
+    /// Opens a GPU that was found.
+    pub(crate) fn on(context: Arc<CudaContext>, dtype: Dtype) -> Result<Self, CudaError> {
         let stream = context.new_stream()?;
         let (major, minor) = context.compute_capability()?;
         let device = Self {
@@ -136,11 +145,6 @@ impl Device {
     /// The type that it works in.
     pub fn dtype(&self) -> Dtype {
         self.dtype
-    }
-
-    /// Whether this GPU multiplies bf16.
-    pub fn has_bf16(&self) -> bool {
-        self.capability >= 80
     }
 
     /// Four integers that a kernel's file says of itself under `name`.
