@@ -54,6 +54,11 @@ pub(crate) trait Answerer {
         None
     }
 
+    /// What the user should know of how the answers came about.
+    fn warnings(&self) -> Vec<String> {
+        Vec::new()
+    }
+
     /// Backend and device, for provenance.
     fn backend(&self) -> (String, String);
 }

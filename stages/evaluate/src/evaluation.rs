@@ -201,7 +201,7 @@ fn outcome(answerer: &dyn Answerer, answered: &Answers, metrics: &Metrics) -> Ou
     }
     let (backend, device) = answerer.backend();
     let provenance = json!({ "backend": backend, "device": device });
-    let mut warnings = Vec::new();
+    let mut warnings = answerer.warnings();
     if metrics.unended * 2 > metrics.prompts {
         warnings.push(format!(
             "{} of {} answers ran into `max_new_tokens`",

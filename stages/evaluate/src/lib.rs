@@ -26,9 +26,11 @@ use serde_json::Value;
 
 use crate::params::Params;
 
-/// Changes when the same answers would be parsed, scored or summed up differently.
+/// Changes when the same answers would be parsed, scored or summed up differently, or a device would
+/// answer differently.
 ///
-/// 1: first. 2: Python calls over several lines count once.
+/// 1: first. 2: Python calls over several lines count once; on a GPU the number of prompts decides
+/// no shape of a product.
 const VERSION: u32 = 2;
 
 /// The stage kind `evaluate`.

@@ -12,6 +12,8 @@ mod host;
 #[cfg(feature = "cuda")]
 mod scaler;
 mod start;
+#[cfg(feature = "cuda")]
+mod ways;
 
 use contract::{Reporter, StageError};
 use model::{
@@ -68,8 +70,9 @@ pub(crate) trait Learner {
     fn write_state(&self, out: &mut Vec<u8>) -> Result<(), StageError>;
 
     /// Takes back what [`Learner::write_state`] wrote; false, and nothing changed, where it is of
-    /// another shape or kind.
-    fn read_state(&mut self, bytes: &[u8]) -> Result<bool, StageError>;
+    /// another shape or kind. The reporter hears where the steps to come may differ from those of an
+    /// uninterrupted run.
+    fn read_state(&mut self, bytes: &[u8], reporter: &mut Reporter) -> Result<bool, StageError>;
 }
 
 /// A learner of a decoder's adapter.

@@ -88,7 +88,7 @@ impl<'a, L: Learner> Trainer<'a, L> {
         let (train_tokens, eval_tokens) = self.tokens_from(resumed_from);
         let mut meter = Meter::start(train_tokens, eval_tokens);
         if let Some(seconds) = seconds_per_token {
-            meter.send_estimate(seconds, "measured on two micro-batches", reporter);
+            meter.send_estimate(seconds, "measured on a micro-batch", reporter);
         }
         while state.step() < total {
             let mut line = self.step(&state, &mut guard, &mut meter, reporter)?;
@@ -118,7 +118,7 @@ impl<'a, L: Learner> Trainer<'a, L> {
         };
         if let Some((state, rest)) = State::from_bytes(&bytes)
             && state.step() <= self.total_steps()
-            && self.learner.read_state(rest)?
+            && self.learner.read_state(rest, reporter)?
         {
             let step = state.step();
             reporter.log(format!("resumed after step {step}"));

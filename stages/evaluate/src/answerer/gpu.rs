@@ -85,6 +85,16 @@ impl Answerer for CudaAnswerer {
         Some(self.generator.device().peak_bytes())
     }
 
+    fn warnings(&self) -> Vec<String> {
+        let warning = |rows| {
+            format!(
+                "the GPU had memory for no more than {rows} rows at once: rare tokens may differ from \
+                 those of a run with more; `batch_size: {rows}` gives the same answers everywhere"
+            )
+        };
+        self.generator.reduced_rows().map(warning).into_iter().collect()
+    }
+
     fn backend(&self) -> (String, String) {
         ("cuda".to_owned(), self.name.clone())
     }

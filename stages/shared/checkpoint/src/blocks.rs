@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use crate::{Bytes, GgmlType, ggml};
+use crate::{Bytes, FloatType, GgmlType, ggml};
 
 /// A row-major matrix `[rows, columns]` in one of ggml's types.
 #[derive(Clone, Debug, PartialEq)]
@@ -50,6 +50,17 @@ impl BlockMatrix {
 
     pub(crate) fn is_f32(&self) -> bool {
         self.dtype == GgmlType::F32
+    }
+
+    /// Type and bytes of a matrix of floats whose rows lie in order.
+    pub(crate) fn plain(self) -> Option<(FloatType, Bytes)> {
+        let dtype = match self.dtype {
+            GgmlType::F32 => FloatType::F32,
+            GgmlType::F16 => FloatType::F16,
+            GgmlType::BF16 => FloatType::Bf16,
+            _ => return None,
+        };
+        self.interleaved.is_none().then_some((dtype, self.data))
     }
 
     /// Bytes of the blocks.

@@ -10,7 +10,7 @@ use crate::packed::{is_packed, read_nf4};
 use crate::quantization::Quantization;
 use crate::shards::{Shards, Stored};
 use crate::stored::{HalfMatrix, StoredMatrix};
-use crate::{BlockMatrix, CheckpointError, Family, Gguf, ModelConfig, ModelFolder, names};
+use crate::{BlockMatrix, Bytes, CheckpointError, Family, Gguf, ModelConfig, ModelFolder, names};
 
 /// The weights of a model folder.
 pub struct Weights<'a> {
@@ -141,14 +141,35 @@ impl<'a> Weights<'a> {
                 return Ok((!matrix.is_f32()).then_some(StoredMatrix::Blocks(matrix)));
             }
         };
+        if is_packed(shards, name, self.stored(shards, name)?.dtype) {
+            return Ok(match self.load_linear(name, shape)? {
+                LinearWeight::Nf4(packed) => Some(StoredMatrix::Nf4(packed)),
+                LinearWeight::Full(_) => None,
+            });
+        }
+        let half = |(dtype, data)| HalfMatrix::new(shape, dtype, data);
+        Ok(self.load_plain(name, shape, linear)?.and_then(half).map(StoredMatrix::Half))
+    }
+
+    /// The bytes of a matrix `[rows, columns]` that is stored as floats, row after row: little-endian,
+    /// in the mapped file. `None` for every other format, and where the rows have another order.
+    ///
+    /// # Errors
+    /// As [`Weights::load_stored`].
+    pub fn load_plain(
+        &self,
+        name: &str,
+        shape: [usize; 2],
+        linear: bool,
+    ) -> Result<Option<(FloatType, Bytes)>, CheckpointError> {
+        let shards = match &self.source {
+            Source::Safetensors { shards, .. } => shards,
+            Source::Gguf(gguf) => return Ok(self.gguf_matrix(gguf, name, &shape)?.plain()),
+        };
         let weight = self.stored(shards, name)?;
         let dtype = match weight.dtype {
-            _ if is_packed(shards, name, weight.dtype) => {
-                return Ok(match self.load_linear(name, shape)? {
-                    LinearWeight::Nf4(packed) => Some(StoredMatrix::Nf4(packed)),
-                    LinearWeight::Full(_) => None,
-                });
-            }
+            _ if is_packed(shards, name, weight.dtype) => return Ok(None),
+            Dtype::F32 => FloatType::F32,
             Dtype::BF16 => FloatType::Bf16,
             Dtype::F16 => FloatType::F16,
             _ => return Ok(None),
@@ -157,7 +178,7 @@ impl<'a> Weights<'a> {
             self.check_unquantised(name, &weight)?;
         }
         check_shape(name, &weight, &shape)?;
-        Ok(HalfMatrix::new(shape, dtype, weight.bytes()).map(StoredMatrix::Half))
+        Ok(Some((dtype, weight.bytes())))
     }
 
     fn check_names(&self) -> Result<(), CheckpointError> {

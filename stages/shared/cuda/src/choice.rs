@@ -36,30 +36,55 @@ pub fn open(
         DeviceChoice::Auto => (0, false),
         DeviceChoice::Cuda(ordinal) => (ordinal, true),
     };
-    let wanted = match dtype {
-        DtypeChoice::F32 => Dtype::F32,
-        DtypeChoice::F16 => Dtype::F16,
-        DtypeChoice::Auto | DtypeChoice::Bf16 => Dtype::Bf16,
-    };
-    let gpu = match Device::open(ordinal, wanted) {
-        Ok(gpu) => gpu,
-        Err(error) if insists => return Err(error.into()),
+    match open_in(ordinal, dtype) {
+        Ok(gpu) => gpu.map(Some),
+        Err(error) if insists => Err(error.into()),
         Err(CudaError::Library { library: "cuda" }) => {
             reporter.log("no NVIDIA driver: computing on the CPU");
-            return Ok(None);
+            Ok(None)
         }
         Err(error) => {
             let help = error.help().unwrap_or("`device: cuda` insists on it");
             reporter.warn(format!("no GPU is used: {error} ({help})"));
-            return Ok(None);
+            Ok(None)
         }
+    }
+}
+
+/// The GPU in the type asked for. The inner error is a choice that this GPU does not have.
+fn open_in(ordinal: usize, choice: DtypeChoice) -> Result<Result<Device, StageError>, CudaError> {
+    let context = Device::find(ordinal)?;
+    let (major, _) = context.compute_capability()?;
+    let Some(dtype) = dtype_on(major, choice) else {
+        let name = context.name().unwrap_or_default();
+        return Ok(Err(StageError::input(format!("{name} has no bf16"))
+            .help("set `dtype: f16`, or `dtype: f32`, which is slower")));
     };
-    if wanted != Dtype::Bf16 || gpu.has_bf16() {
-        return Ok(Some(gpu));
+    Device::on(context, dtype).map(Ok)
+}
+
+/// The type on a GPU of that major compute capability; `None` where it lacks the one asked for.
+fn dtype_on(major: i32, choice: DtypeChoice) -> Option<Dtype> {
+    let has_bf16 = major >= 8;
+    match choice {
+        DtypeChoice::F32 => Some(Dtype::F32),
+        DtypeChoice::F16 => Some(Dtype::F16),
+        DtypeChoice::Auto => Some(if has_bf16 { Dtype::Bf16 } else { Dtype::F16 }),
+        DtypeChoice::Bf16 => has_bf16.then_some(Dtype::Bf16),
     }
-    if dtype == DtypeChoice::Bf16 {
-        return Err(StageError::input(format!("{} has no bf16", gpu.name()))
-            .help("set `dtype: f16`, or `dtype: f32`, which is slower"));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cards_before_ampere_work_in_f16_unless_asked_otherwise() {
+        assert_eq!(dtype_on(7, DtypeChoice::Auto), Some(Dtype::F16));
+        assert_eq!(dtype_on(7, DtypeChoice::Bf16), None);
+        assert_eq!(dtype_on(7, DtypeChoice::F32), Some(Dtype::F32));
+        assert_eq!(dtype_on(8, DtypeChoice::Auto), Some(Dtype::Bf16));
+        assert_eq!(dtype_on(9, DtypeChoice::Bf16), Some(Dtype::Bf16));
+        assert_eq!(dtype_on(9, DtypeChoice::F16), Some(Dtype::F16));
     }
-    Ok(Some(Device::open(ordinal, Dtype::F16)?))
 }

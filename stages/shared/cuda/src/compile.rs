@@ -20,12 +20,12 @@ pub(crate) fn cubin(
     status.result().map_err(|e| compile_error(file, format!("{e:?}")))?;
     let key = format!("{arch} {version:?} {defines:?}\n{source}");
     let path = folder().map(|f| f.join(format!("{}.cubin", blake3::hash(key.as_bytes()))));
-    if let Some(code) = path.as_ref().and_then(|p| std::fs::read(p).ok()) {
+    if let Some(code) = path.as_ref().and_then(|p| std::fs::read(p).ok()).and_then(opened) {
         return Ok(code);
     }
     let code = compile(file, source, arch, defines)?;
     if let Some(path) = path {
-        keep(&path, &code);
+        keep(&path, &sealed(&code));
     }
     Ok(code)
 }
@@ -36,6 +36,22 @@ fn folder() -> Option<PathBuf> {
         .map(PathBuf::from)
         .or_else(|| std::env::var_os("HOME").map(|h| PathBuf::from(h).join(".cache")))?;
     Some(base.join("pipe/kernels"))
+}
+
+/// A file of the cache: machine code, then its digest. The driver is not told where the code ends, and
+/// after a power cut a file may be empty or end early.
+fn sealed(code: &[u8]) -> Vec<u8> {
+    [code, blake3::hash(code).as_bytes()].concat()
+}
+
+/// The code of such a file; `None` where it is damaged, or of a version that wrote no digest.
+fn opened(mut file: Vec<u8>) -> Option<Vec<u8>> {
+    let (code, digest) = file.split_last_chunk::<{ blake3::OUT_LEN }>()?;
+    if blake3::hash(code) != *digest {
+        return None;
+    }
+    file.truncate(file.len() - blake3::OUT_LEN);
+    Some(file)
 }
 
 /// Best effort: without a cache the next process compiles again.
@@ -88,5 +104,22 @@ fn compile(
         });
         let _ = result::destroy_program(program);
         code
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn damaged_machine_code_is_compiled_again() {
+        let code = b"\x7fELF and more".to_vec();
+        let file = sealed(&code);
+        assert_eq!(opened(file.clone()), Some(code.clone()));
+        assert_eq!(opened(Vec::new()), None);
+        assert_eq!(opened(file[..file.len() - 1].to_vec()), None);
+        assert_eq!(opened(vec![0; file.len()]), None);
+        // Without a digest, as older versions wrote it.
+        assert_eq!(opened([&code[..], &[1; 64]].concat()), None);
     }
 }

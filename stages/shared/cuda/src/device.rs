@@ -34,6 +34,9 @@ const ATTENTION_PARTS: [(&str, &str); 2] = [
     ("attention_mma.cuh", include_str!("../kernels/attention/attention_mma.cuh")),
     ("attention_wgmma.cuh", include_str!("../kernels/attention/attention_wgmma.cuh")),
 ];
+/// Bytes to leave beside our buffers: the driver loads kernels of ours and of cuBLASLt when they are
+/// first used, and recorded launches lie on the device.
+const RESERVE: u64 = 384 << 20;
 /// Scratch of cuBLASLt.
 pub(crate) const WORKSPACE: u64 = 32 << 20;
 
@@ -101,8 +104,17 @@ impl Device {
     /// [`CudaError::Library`] or [`CudaError::Version`] where driver, NVRTC or cuBLASLt are missing or
     /// too old.
     pub fn open(ordinal: usize, dtype: Dtype) -> Result<Self, CudaError> {
+        Self::on(Self::find(ordinal)?, dtype)
+    }
+
+    /// A GPU that can be looked at; a [`Device`] on it stays for the life of the process.
+    pub(crate) fn find(ordinal: usize) -> Result<Arc<CudaContext>, CudaError> {
         versions::check()?;
-        let context = CudaContext::new(ordinal)?;
+        Ok(CudaContext::new(ordinal)?)
+    }
+
+    /// Opens a GPU that was found.
+    pub(crate) fn on(context: Arc<CudaContext>, dtype: Dtype) -> Result<Self, CudaError> {
         let stream = context.new_stream()?;
         let (major, minor) = context.compute_capability()?;
         let device = Self {
@@ -133,11 +145,6 @@ impl Device {
     /// The type that it works in.
     pub fn dtype(&self) -> Dtype {
         self.dtype
-    }
-
-    /// Whether this GPU multiplies bf16.
-    pub fn has_bf16(&self) -> bool {
-        self.capability >= 80
     }
 
     /// Four integers that a kernel's file says of itself under `name`.
@@ -171,7 +178,7 @@ impl Device {
         let ptr = unsafe { result::malloc_sync(bytes as usize) }.map_err(|e| {
             if e.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY {
                 let free = self.context.mem_get_info().map_or(0, |(free, _)| free as u64);
-                CudaError::Memory { wanted: bytes, free }
+                CudaError::Memory { what: format!("{bytes} bytes more ({free} are free)") }
             } else {
                 e.into()
             }
@@ -275,6 +282,14 @@ impl Device {
         Ok(self.stream.synchronize()?)
     }
 
+    /// Waits for all work of all streams, so that what it uses may be dropped.
+    ///
+    /// # Errors
+    /// [`CudaError::Driver`], also for a fault of earlier work.
+    pub fn drain(&self) -> Result<(), CudaError> {
+        Ok(self.context.synchronize()?)
+    }
+
     /// The stream that work goes to.
     pub(crate) fn cu_stream(&self) -> sys::CUstream {
         self.current.get().0
@@ -311,9 +326,32 @@ impl Device {
         Ok(self.context.mem_get_info()?.1 as u64)
     }
 
+    /// Refuses to go on where so little memory is left that kernels may not find room.
+    ///
+    /// # Errors
+    /// [`CudaError::Memory`].
+    pub fn check_reserve(&self) -> Result<(), CudaError> {
+        let free = self.free_bytes()?;
+        if free >= RESERVE {
+            return Ok(());
+        }
+        let what = format!("kernels beside all buffers ({free} bytes are free)");
+        Err(CudaError::Memory { what })
+    }
+
+    /// Bytes of memory that buffers may take.
+    pub(crate) fn spare_bytes(&self) -> Result<u64, CudaError> {
+        Ok(self.free_bytes()?.saturating_sub(RESERVE))
+    }
+
     /// Peak of the bytes in buffers, in bytes.
     pub fn peak_bytes(&self) -> u64 {
         self.memory.peak.get()
+    }
+
+    /// Starts the peak anew from what there is, so that an attempt that fails does not count.
+    pub fn reset_peak(&self) {
+        self.memory.peak.set(self.memory.live.get());
     }
 
     /// Starts timing launches by class.

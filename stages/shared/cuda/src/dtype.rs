@@ -52,13 +52,25 @@ impl Dtype {
 
     /// The bytes of `values` in this type.
     pub fn encode(self, values: &[f32]) -> Vec<u8> {
+        let mut out = vec![0; values.len() * self.size() as usize];
+        self.encode_into(values, &mut out);
+        out
+    }
+
+    /// Writes the bytes of `values` in this type to `out`, which has room for them.
+    pub(crate) fn encode_into(self, values: &[f32], out: &mut [u8]) {
         match self {
-            Self::F32 => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
-            Self::Bf16 => {
-                values.iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()).collect()
+            Self::F32 => {
+                let places = out.as_chunks_mut().0.iter_mut();
+                values.iter().zip(places).for_each(|(v, to)| *to = v.to_le_bytes());
             }
-            Self::F16 => {
-                values.iter().flat_map(|v| half::f16::from_f32(*v).to_le_bytes()).collect()
+            Self::Bf16 | Self::F16 => {
+                let bits = |v: f32| match self {
+                    Self::Bf16 => half::bf16::from_f32(v).to_le_bytes(),
+                    _ => half::f16::from_f32(v).to_le_bytes(),
+                };
+                let places = out.as_chunks_mut().0.iter_mut();
+                values.iter().zip(places).for_each(|(v, to)| *to = bits(*v));
             }
         }
     }

@@ -1,7 +1,7 @@
 //! What can go wrong on a GPU.
 
-use cudarc::cublaslt::result::CublasError;
-use cudarc::driver::DriverError;
+use cudarc::cublaslt::{result::CublasError, sys::cublasStatus_t};
+use cudarc::driver::{DriverError, sys::CUresult};
 
 /// A GPU cannot do what was asked.
 #[derive(Debug, thiserror::Error)]
@@ -13,12 +13,10 @@ pub enum CudaError {
         library: &'static str,
     },
     /// No memory left on the device.
-    #[error("the GPU has no room for {wanted} bytes more ({free} are free)")]
+    #[error("the GPU has no room for {what}")]
     Memory {
-        /// Bytes asked for.
-        wanted: u64,
-        /// Bytes free.
-        free: u64,
+        /// What was to lie there.
+        what: String,
     },
     /// No memory left on the host that the device could read.
     #[error("the host has no room for {wanted} bytes of pinned memory")]
@@ -38,7 +36,7 @@ pub enum CudaError {
     },
     /// The driver refused.
     #[error("CUDA driver: {0}")]
-    Driver(#[from] DriverError),
+    Driver(#[source] DriverError),
     /// cuBLASLt refused.
     #[error("cuBLASLt: {0:?}")]
     Blas(CublasError),
@@ -55,13 +53,31 @@ pub enum CudaError {
     Input(String),
 }
 
+impl From<DriverError> for CudaError {
+    fn from(error: DriverError) -> Self {
+        if error.0 == CUresult::CUDA_ERROR_OUT_OF_MEMORY {
+            // Kernels are loaded when they are first used, and recorded launches are uploaded.
+            return Self::Memory { what: "the driver's kernels, streams and graphs".to_owned() };
+        }
+        Self::Driver(error)
+    }
+}
+
 impl From<CublasError> for CudaError {
     fn from(error: CublasError) -> Self {
+        if error.0 == cublasStatus_t::CUBLAS_STATUS_ALLOC_FAILED {
+            return Self::Memory { what: "what cuBLASLt needs".to_owned() };
+        }
         Self::Blas(error)
     }
 }
 
 impl CudaError {
+    /// Whether memory is short, so that less work at once may do.
+    pub fn is_memory(&self) -> bool {
+        matches!(self, Self::Memory { .. } | Self::HostMemory { .. })
+    }
+
     /// What the user can do about it.
     pub fn help(&self) -> Option<&'static str> {
         match self {
@@ -80,11 +96,25 @@ impl CudaError {
                  nvidia-cuda-nvrtc (for CUDA 12: nvidia-cublas-cu12 and nvidia-cuda-nvrtc-cu12), and \
                  name their folder in LD_LIBRARY_PATH",
             ),
-            Self::HostMemory { .. } => {
-                Some("set `activations: recompute`, or free memory of the host")
-            }
-            Self::Memory { .. } => Some("lower `batch_size`, or set `activations: recompute`"),
+            Self::HostMemory { .. } => Some("lower `batch_size`, or free memory of the host"),
+            Self::Memory { .. } => Some("lower `batch_size`, or free memory of the GPU"),
             _ => None,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whoever_lacks_memory_says_so() {
+        let driver = |status| CudaError::from(DriverError(status));
+        assert!(driver(CUresult::CUDA_ERROR_OUT_OF_MEMORY).is_memory());
+        assert!(matches!(driver(CUresult::CUDA_ERROR_ILLEGAL_ADDRESS), CudaError::Driver(_)));
+        let blas = |status| CudaError::from(CublasError(status));
+        assert!(blas(cublasStatus_t::CUBLAS_STATUS_ALLOC_FAILED).is_memory());
+        assert!(!blas(cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED).is_memory());
+        assert!(CudaError::HostMemory { wanted: 1 }.is_memory());
     }
 }

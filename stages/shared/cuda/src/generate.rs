@@ -1,9 +1,10 @@
 //! Greedy generation with a key-value cache over a ragged, refilled batch.
 //!
-//! Every product of a session has the same number of rows, and prompts start at multiples of
-//! [`ALIGNMENT`], so that the tokens of a row do not depend on the rows beside it: what is missing is
-//! padding, which no row reads.
+//! Every product of a session has the same number of rows, that of a prompt longer than [`PREFILL`]
+//! apart, and prompts start at multiples of [`ALIGNMENT`], so that the tokens of a row do not depend on
+//! the rows beside it, nor on how many there are: what is missing is padding, which no row reads.
 
+use std::cell::Cell;
 use std::collections::VecDeque;
 use std::path::Path;
 
@@ -14,17 +15,20 @@ use crate::attention::Attention;
 use crate::device::{Buffer, Device, args};
 use crate::gemm::{Gemm, View};
 use crate::graph::Recorder;
+use crate::sizes::check_decoding;
 use crate::step::pass::{Pass, gather};
 use crate::step::{Batch, COLUMNS, Step};
 use crate::{CudaError, Frozen};
 
-/// Rows of a prefill, unless a prompt is longer.
+/// Rows of a prefill, unless its prompt is longer.
 const PREFILL: usize = 4096;
 /// Rows of the tiles of every attention kernel divide this.
 const ALIGNMENT: usize = 128;
 
 /// A model with its adapter, ready to answer. Buffers go before the device.
 pub struct Generator {
+    /// Rows that were decoded together where memory did not allow those asked for.
+    reduced: Cell<Option<usize>>,
     lora: Lora,
     frozen: Frozen,
     device: Device,
@@ -102,7 +106,6 @@ struct Row {
 struct Session<'a> {
     own: &'a Generator,
     slots: usize,
-    prefill: usize,
     step: Step,
     cache: Cache,
     /// `[slots, hidden]`: last rows, in the type of the residual stream, and their norms.
@@ -128,15 +131,22 @@ impl Generator {
     /// Takes weights that are on the device.
     ///
     /// # Errors
-    /// [`CudaError`] where memory runs out.
+    /// [`CudaError`] where memory runs out, or for a size that the kernels do not serve.
     pub fn new(device: Device, frozen: Frozen, adapter: &Adapter) -> Result<Self, CudaError> {
+        check_decoding(&frozen.config, device.dtype)?;
         let lora = Lora::new(&device, &frozen.config, adapter)?;
-        Ok(Self { lora, frozen, device })
+        Ok(Self { reduced: Cell::new(None), lora, frozen, device })
     }
 
     /// The GPU.
     pub fn device(&self) -> &Device {
         &self.device
+    }
+
+    /// Rows that were decoded together where memory did not allow those asked for: products had
+    /// another shape than they would have had.
+    pub fn reduced_rows(&self) -> Option<usize> {
+        self.reduced.get()
     }
 
     /// Generates greedily for every prompt, calling `done` as rows finish, in any order; `done`
@@ -151,19 +161,46 @@ impl Generator {
         done: &mut dyn FnMut(Generated) -> bool,
     ) -> Result<(), CudaError> {
         self.check(prompts, options)?;
-        let longest = prompts.iter().map(Vec::len).max().unwrap_or(1);
-        let length = longest + options.max_new_tokens;
-        let mut slots = options.batch_size.clamp(1, prompts.len().max(1)).next_multiple_of(8);
-        let mut session = loop {
-            match Session::new(self, slots, longest, length) {
-                Err(CudaError::Memory { .. }) if slots > 8 => {
+        let mut is_answered = vec![false; prompts.len()];
+        let mut slots = options.batch_size.max(1).next_multiple_of(8);
+        loop {
+            let waiting = (0..prompts.len()).filter(|i| !is_answered[*i]).collect();
+            let mut note = |generated: Generated| {
+                is_answered[generated.prompt] = true;
+                done(generated)
+            };
+            match self.attempt(slots, prompts, waiting, options, &mut note) {
+                Err(error) if error.is_memory() && slots > 8 => {
                     slots = (slots / 2).next_multiple_of(8);
+                    self.reduced.set(Some(slots));
                 }
-                other => break other?,
+                other => return other,
             }
-        };
-        session.keep_operands()?;
-        session.run(prompts, options, done)
+        }
+    }
+
+    /// Answers the prompts that wait, `slots` at a time.
+    fn attempt(
+        &self,
+        slots: usize,
+        prompts: &[Vec<u32>],
+        waiting: VecDeque<usize>,
+        options: &GenerateOptions,
+        done: &mut dyn FnMut(Generated) -> bool,
+    ) -> Result<(), CudaError> {
+        self.device.reset_peak();
+        let longest = prompts.iter().map(Vec::len).max().unwrap_or(1);
+        let mut session = Session::new(self, slots, longest, longest + options.max_new_tokens)?;
+        // The fewest slots may take what there is.
+        let reserve = if slots > 8 { self.device.check_reserve() } else { Ok(()) };
+        let ran = reserve
+            .and_then(|()| session.keep_operands())
+            .and_then(|()| session.run(prompts, waiting, options, done));
+        if ran.as_ref().is_err_and(CudaError::is_memory) {
+            // Work under way reads and writes what the session drops.
+            self.device.drain()?;
+        }
+        ran
     }
 
     fn check(&self, prompts: &[Vec<u32>], options: &GenerateOptions) -> Result<(), CudaError> {
@@ -190,14 +227,14 @@ impl<'a> Session<'a> {
         longest: usize,
         length: usize,
     ) -> Result<Self, CudaError> {
-        let Generator { lora, frozen, device } = own;
-        let prefill = longest.next_multiple_of(ALIGNMENT).max(PREFILL);
+        let Generator { lora, frozen, device, .. } = own;
+        // Padding has positions as well.
+        let (prefill, positions) = (prefill_rows(longest), length.max(ALIGNMENT));
         let (hidden, vocabulary) = (frozen.config.hidden_size, frozen.config.vocab_size);
         Ok(Self {
             own,
             slots,
-            prefill,
-            step: Step::forward_only(device, frozen, lora, prefill.max(slots), length)?,
+            step: Step::forward_only(device, frozen, lora, prefill.max(slots), positions)?,
             cache: Cache::new(device, frozen, slots, length)?,
             last: device.residual_elements(slots * hidden)?,
             normed: device.elements(slots * hidden)?,
@@ -210,10 +247,10 @@ impl<'a> Session<'a> {
 
     /// Decodes the weights once for all steps where that takes no more than half of what is free.
     fn keep_operands(&mut self) -> Result<(), CudaError> {
-        let Generator { lora, frozen, device } = self.own;
+        let Generator { lora, frozen, device, .. } = self.own;
         let elements = |g: &crate::adapter::Group| (g.inputs + g.width) * g.outputs;
         let total: usize = lora.groups.iter().flatten().map(elements).sum();
-        if total as u64 * device.dtype.size() > device.free_bytes()? / 2 {
+        if total as u64 * device.dtype.size() > device.spare_bytes()? / 2 {
             return Ok(());
         }
         for (layer, groups) in lora.groups.iter().enumerate() {
@@ -232,10 +269,10 @@ impl<'a> Session<'a> {
     fn run(
         &mut self,
         prompts: &[Vec<u32>],
+        mut waiting: VecDeque<usize>,
         options: &GenerateOptions,
         done: &mut dyn FnMut(Generated) -> bool,
     ) -> Result<(), CudaError> {
-        let mut waiting: VecDeque<usize> = (0..prompts.len()).collect();
         let mut free: Vec<usize> = (0..self.slots).rev().collect();
         let mut rows: Vec<Row> = Vec::new();
         loop {
@@ -269,9 +306,10 @@ impl<'a> Session<'a> {
         let mut last = Vec::new();
         let mut slots = Vec::new();
         let (mut tokens, mut bounds): (Vec<i32>, Vec<i32>) = (Vec::new(), vec![0]);
+        let room = prefill_rows(waiting.front().map_or(0, |first| prompts[*first].len()));
         while let (Some(&prompt), Some(&slot)) = (waiting.front(), free.last()) {
             let text = &prompts[prompt];
-            if tokens.len() + text.len() > self.prefill {
+            if tokens.len() + text.len() > room {
                 break;
             }
             waiting.pop_front();
@@ -284,8 +322,8 @@ impl<'a> Session<'a> {
             pad(&mut tokens, &mut bounds, tokens_aligned(last[last.len() - 1]));
             slots.resize(tokens.len(), -1);
         }
-        pad(&mut tokens, &mut bounds, self.prefill);
-        slots.resize(self.prefill, -1);
+        pad(&mut tokens, &mut bounds, room);
+        slots.resize(room, -1);
         last.resize(self.slots, 0);
         self.cache.is_decoding = false;
         let ids = self.forward(&tokens, &bounds, |columns| {
@@ -331,7 +369,7 @@ impl<'a> Session<'a> {
         bounds: &[i32],
         change: impl FnOnce(&mut [Vec<i32>; COLUMNS]),
     ) -> Result<Vec<u32>, CudaError> {
-        let Generator { lora, frozen, device } = self.own;
+        let Generator { lora, frozen, device, .. } = self.own;
         let targets = vec![-100; tokens.len()];
         let batch = MicroBatch { tokens, cu_seqlens: bounds, targets: &targets };
         let b = self.step.upload_with(device, batch, change)?;
@@ -339,7 +377,7 @@ impl<'a> Session<'a> {
         let pass = Pass { step: &self.step, device, frozen, lora, b: &b, cache };
         if self.cache.is_decoding {
             // One shape a session, at addresses that stay.
-            self.recorder.run(device, [0; 5], || self.enqueue(&pass))?;
+            self.recorder.run(device, [0; 5], || self.enqueue(&pass), || ())?;
         } else {
             self.enqueue(&pass)?;
         }
@@ -369,6 +407,11 @@ impl<'a> Session<'a> {
             device.launch((FILE, "argmax"), [rows, 1], 1024, 0, args)
         }
     }
+}
+
+/// Rows of the prefill whose first prompt has `length` tokens; a longer one fills it alone.
+fn prefill_rows(length: usize) -> usize {
+    length.next_multiple_of(ALIGNMENT).max(PREFILL)
 }
 
 /// Rows up to the next multiple of [`ALIGNMENT`] after row `last`.

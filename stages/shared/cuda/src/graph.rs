@@ -36,10 +36,9 @@ impl Device {
         unsafe {
             stream::begin_capture(own, mode)?;
             let worked = work();
-            let template = stream::end_capture(own);
-            worked?;
-            let template = template?;
-            let ready = graph::instantiate(template, sys::CUgraphInstantiate_flags(0));
+            let template = stream::end_capture(own)?;
+            let ready = worked
+                .and_then(|()| Ok(graph::instantiate(template, sys::CUgraphInstantiate_flags(0))?));
             graph::destroy(template)?;
             Ok(Graph(ready?))
         }
@@ -58,50 +57,98 @@ const SHAPES: usize = 16;
 /// Work of a few shapes that repeat: run as it is the first time, recorded the second time, replayed
 /// from then on. A key stands for everything that launches depend on, addresses included.
 #[derive(Default)]
-pub(crate) struct Recorder(RefCell<HashMap<[u64; 5], State>>);
+pub(crate) struct Recorder(RefCell<HashMap<[u64; 5], State<Graph>>>);
 
-enum State {
+#[derive(Debug, PartialEq)]
+enum State<G> {
     Seen,
-    Recorded(Graph),
-    /// The driver does not record it.
+    Recorded(G),
+    /// The driver does not record it, or has no memory for the recording.
     Unrecordable,
 }
 
+impl<G> State<G> {
+    /// What follows, and whether the work was launched on the way; else it is to run as it is.
+    fn advance(
+        self,
+        record: impl FnOnce() -> Option<G>,
+        replay: impl FnOnce(&G) -> Result<(), CudaError>,
+    ) -> (Self, Result<bool, CudaError>) {
+        let graph = match self {
+            Self::Recorded(graph) => Some(graph),
+            Self::Seen => record(),
+            Self::Unrecordable => None,
+        };
+        let Some(graph) = graph else { return (Self::Unrecordable, Ok(false)) };
+        match replay(&graph) {
+            // The first launch uploads the recording. None of it has run.
+            Err(error) if error.is_memory() => (Self::Unrecordable, Ok(false)),
+            launched => (Self::Recorded(graph), launched.map(|()| true)),
+        }
+    }
+}
+
 impl Recorder {
-    /// Enqueues `work`.
+    /// Enqueues `work`; `forget` undoes what a recording that failed midway has left on the host.
     pub(crate) fn run(
         &self,
         device: &Device,
         key: [u64; 5],
         work: impl Fn() -> Result<(), CudaError>,
+        forget: impl Fn(),
     ) -> Result<(), CudaError> {
         // Events around launches would be recorded too.
         if device.is_profiling() {
             return work();
         }
         let mut known = self.0.borrow_mut();
-        match known.get(&key) {
-            Some(State::Recorded(graph)) => return device.replay(graph),
-            Some(State::Unrecordable) => {}
-            Some(State::Seen) => {
-                let recorded = device.record(&work);
-                if let Ok(graph) = recorded {
-                    device.replay(&graph)?;
-                    known.insert(key, State::Recorded(graph));
-                    return Ok(());
-                }
-                known.insert(key, State::Unrecordable);
+        if let Some(state) = known.remove(&key) {
+            let record = || device.record(&work).inspect_err(|_| forget()).ok();
+            let (next, launched) = state.advance(record, |graph| device.replay(graph));
+            known.insert(key, next);
+            if launched? {
+                return Ok(());
             }
-            None => {
-                if known.len() == SHAPES {
-                    known.retain(|_, state| !matches!(state, State::Seen));
-                }
-                if known.len() < SHAPES {
-                    known.insert(key, State::Seen);
-                }
+        } else {
+            if known.len() == SHAPES {
+                known.retain(|_, state| !matches!(state, State::Seen));
+            }
+            if known.len() < SHAPES {
+                known.insert(key, State::Seen);
             }
         }
         drop(known);
         work()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const FULL: fn(&u8) -> Result<(), CudaError> =
+        |_| Err(CudaError::Memory { what: "a graph".to_owned() });
+
+    /// What follows a state where recording gives `graph`, and whether the work was launched.
+    fn after(
+        state: State<u8>,
+        graph: Option<u8>,
+        replay: fn(&u8) -> Result<(), CudaError>,
+    ) -> (State<u8>, Option<bool>) {
+        let (next, launched) = state.advance(|| graph, replay);
+        (next, launched.ok())
+    }
+
+    #[test]
+    fn what_cannot_be_recorded_or_replayed_for_lack_of_memory_runs_as_it_is() {
+        use State::{Recorded, Seen, Unrecordable};
+        assert_eq!(after(Seen, Some(1), |_| Ok(())), (Recorded(1), Some(true)));
+        assert_eq!(after(Recorded(1), None, |_| Ok(())), (Recorded(1), Some(true)));
+        assert_eq!(after(Seen, None, |_| Ok(())), (Unrecordable, Some(false)));
+        assert_eq!(after(Seen, Some(1), FULL), (Unrecordable, Some(false)));
+        assert_eq!(after(Recorded(1), None, FULL), (Unrecordable, Some(false)));
+        assert_eq!(after(Unrecordable, Some(1), |_| Ok(())), (Unrecordable, Some(false)));
+        let faulty = |_: &u8| Err(CudaError::Input("a fault of earlier work".to_owned()));
+        assert_eq!(after(Recorded(1), None, faulty), (Recorded(1), None));
     }
 }

@@ -31,6 +31,12 @@ impl Event {
         // SAFETY: event and stream live.
         unsafe { Ok(stream::wait_event(waiting, self.0, flags)?) }
     }
+
+    /// Waits for the mark here; not at all where nothing was marked.
+    pub(crate) fn wait(&self) -> Result<(), CudaError> {
+        // SAFETY: the event lives.
+        unsafe { Ok(event::synchronize(self.0)?) }
+    }
 }
 
 impl Drop for Event {

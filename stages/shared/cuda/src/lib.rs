@@ -20,6 +20,7 @@ mod lane;
 mod nvml;
 mod optimizer;
 mod profile;
+mod sizes;
 mod staging;
 mod step;
 #[cfg(test)]

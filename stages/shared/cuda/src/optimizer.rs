@@ -213,21 +213,25 @@ impl Optimizer {
         Ok(())
     }
 
+    /// Whether `bytes` are what [`Optimizer::write`] writes for this shape and kind.
+    pub fn accepts(&self, bytes: &[u8]) -> bool {
+        self.parse(bytes).is_some()
+    }
+
+    /// Number of updates, and the states.
+    fn parse<'a>(&self, bytes: &'a [u8]) -> Option<(&'a [u8; 4], &'a [u8])> {
+        let (updates, states) = bytes.strip_prefix(MAGIC)?.split_first_chunk::<4>()?;
+        let size: u64 = self.states.buffers().iter().map(|b| b.bytes()).sum();
+        (states.len() as u64 == size).then_some((updates, states))
+    }
+
     /// Takes back what [`Optimizer::write`] wrote; false, and nothing changed, where it is of another
     /// shape or kind.
     ///
     /// # Errors
     /// [`CudaError::Driver`].
     pub fn read(&mut self, device: &Device, bytes: &[u8]) -> Result<bool, CudaError> {
-        let size: u64 = self.states.buffers().iter().map(|b| b.bytes()).sum();
-        let Some((updates, mut rest)) =
-            bytes.strip_prefix(MAGIC).and_then(|rest| rest.split_first_chunk::<4>())
-        else {
-            return Ok(false);
-        };
-        if rest.len() as u64 != size {
-            return Ok(false);
-        }
+        let Some((updates, mut rest)) = self.parse(bytes) else { return Ok(false) };
         self.updates = i32::from_le_bytes(*updates);
         for buffer in self.states.buffers() {
             let (own, later) = rest.split_at(buffer.bytes() as usize);

@@ -58,7 +58,7 @@ impl Profile {
         for (class, start, end) in self.spans.borrow_mut().take().unwrap_or_default() {
             // SAFETY: both were recorded on an idle stream; destroyed once.
             let time = unsafe {
-                let time = event::elapsed(start, end)?;
+                let time = elapsed(start, end)?;
                 event::destroy(start)?;
                 event::destroy(end)?;
                 time
@@ -69,4 +69,22 @@ impl Profile {
         }
         Ok(table)
     }
+}
+
+/// Milliseconds between two events. cudarc would call a symbol that drivers have since CUDA 12.8 alone;
+/// this one all have.
+///
+/// # Safety
+/// Both were recorded, and not destroyed.
+unsafe fn elapsed(start: sys::CUevent, end: sys::CUevent) -> Result<f32, CudaError> {
+    type Elapsed = unsafe extern "C" fn(*mut f32, sys::CUevent, sys::CUevent) -> sys::CUresult;
+    let mut milliseconds = 0.0;
+    // SAFETY: the driver's function of that name and type, on the caller's events.
+    unsafe {
+        let Ok(function) = sys::culib().get::<Elapsed>("cuEventElapsedTime".as_bytes()) else {
+            return Err(CudaError::Library { library: "cuda" });
+        };
+        function(&raw mut milliseconds, start, end).result()?;
+    }
+    Ok(milliseconds)
 }

@@ -4,13 +4,34 @@
 use std::cell::Cell;
 use std::ffi::c_void;
 
-use cudarc::driver::{
-    result::{self, event},
-    sys,
-};
+use cudarc::driver::result;
 
 use crate::CudaError;
 use crate::device::Device;
+use crate::lane::Event;
+
+/// Memory of the host that the device reads and writes.
+pub(crate) struct Pinned(*mut c_void);
+
+impl Pinned {
+    /// Memory of `bytes` bytes, not initialised.
+    pub(crate) fn new(bytes: usize) -> Result<Self, CudaError> {
+        // SAFETY: freed by `drop`.
+        let memory = unsafe { result::malloc_host(bytes, 0) };
+        memory.map(Self).map_err(|_| CudaError::HostMemory { wanted: bytes as u64 })
+    }
+
+    pub(crate) fn ptr(&self) -> *mut u8 {
+        self.0.cast()
+    }
+}
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        // SAFETY: made by `new`; whoever has it copied waits for the copies first.
+        let _ = unsafe { result::free_host(self.0) };
+    }
+}
 
 /// Two pinned slots of one size.
 pub(crate) struct Staging {
@@ -20,28 +41,21 @@ pub(crate) struct Staging {
 }
 
 struct Slot {
-    memory: *mut c_void,
+    memory: Pinned,
     /// Recorded after the slot's last copy.
-    copied: sys::CUevent,
+    copied: Event,
 }
 
 impl Slot {
     fn new(bytes: usize) -> Result<Self, CudaError> {
-        let copied = event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING)?;
-        // SAFETY: freed by `drop`.
-        let memory = unsafe { result::malloc_host(bytes, 0)? };
-        Ok(Self { memory, copied })
+        Ok(Self { memory: Pinned::new(bytes)?, copied: Event::new()? })
     }
 }
 
 impl Drop for Slot {
     fn drop(&mut self) {
-        // SAFETY: made by `new`; the device must not read what is freed.
-        unsafe {
-            let _ = event::synchronize(self.copied);
-            let _ = result::free_host(self.memory);
-            let _ = event::destroy(self.copied);
-        }
+        // The device must not read what is freed.
+        let _ = self.copied.wait();
     }
 }
 
@@ -60,16 +74,15 @@ impl Staging {
     ) -> Result<(), CudaError> {
         let slot = &self.slots[self.next.get()];
         self.next.set(1 - self.next.get());
+        slot.copied.wait()?;
         // SAFETY: after the event nothing reads the slot, and only one borrow of it lives, since
         // `Staging` is not shared between threads.
         unsafe {
-            event::synchronize(slot.copied)?;
-            let memory = std::slice::from_raw_parts_mut(slot.memory.cast::<u8>(), self.bytes);
+            let memory = std::slice::from_raw_parts_mut(slot.memory.ptr(), self.bytes);
             memory.fill(0);
             fill(memory);
             result::memcpy_htod_async(to, memory, device.cu_stream())?;
-            event::record(slot.copied, device.cu_stream())?;
         }
-        Ok(())
+        slot.copied.record(device.cu_stream())
     }
 }

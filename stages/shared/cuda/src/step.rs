@@ -16,6 +16,7 @@ use crate::adapter::Lora;
 use crate::attention::Plan;
 use crate::device::{Buffer, Device};
 use crate::graph::Recorder;
+use crate::sizes::logits_stride;
 use crate::staging::Staging;
 use crate::{CudaError, Frozen};
 use ahead::Ahead;
@@ -79,6 +80,8 @@ pub struct Step {
     activations: Activations,
     attention: Option<Plan>,
     capacity: usize,
+    /// Rows of the rotary tables: no sequence is longer.
+    positions: usize,
     widths: [usize; 4],
     states: Vec<State>,
     /// Residual stream before each layer, and after the last; two in turn without a backward pass.
@@ -145,7 +148,7 @@ impl HeadBuffers {
             }
         };
         // The same in every mode, so that results are: what would fit into the buffer that is lent.
-        let row = c.vocab_size as u64 * size;
+        let row = logits_stride(c, device.dtype) as u64 * size;
         let room = (capacity as u64 * 2 * c.intermediate_size as u64 * size / row) as usize;
         let whole_tiles = room / HEAD_TILE * HEAD_TILE;
         let chunk = whole_tiles.clamp(LEAST_HEAD_ROWS, HEAD_ROWS).min(capacity);
@@ -224,7 +227,9 @@ impl Step {
         purpose: Purpose,
     ) -> Result<Self, CudaError> {
         let (activations, positions, trains) = match purpose {
-            Purpose::Train(activations) => (activations, capacity, true),
+            Purpose::Train(activations) => {
+                (activations, capacity.min(frozen.config.max_position_embeddings), true)
+            }
             Purpose::Answer { positions } => (Activations::Recompute, positions, false),
         };
         let c = &frozen.config;
@@ -289,6 +294,7 @@ impl Step {
             activations,
             attention,
             capacity,
+            positions,
             widths,
             states,
             residual,
@@ -332,7 +338,8 @@ impl Step {
         }
         let shape = [b.n as u64, b.targets as u64];
         let key = [shape[0], shape[1], frozen.embed.ptr(), lora.operand(0), 1];
-        self.recorder.run(device, key, || self.enqueue(&pass))
+        let forget = || self.ahead.iter().for_each(Ahead::forget);
+        self.recorder.run(device, key, || self.enqueue(&pass), forget)
     }
 
     /// Forward and backward of a batch that is on the device.
@@ -432,6 +439,11 @@ impl Step {
                 columns[3].push(bounds[1]);
             }
         }
+        if longest as usize > self.positions {
+            let message =
+                format!("a sequence of {longest} tokens where {} positions fit", self.positions);
+            return Err(CudaError::Input(message));
+        }
         for (row, target) in batch.targets.iter().enumerate().filter(|(_, t)| **t != -100) {
             columns[4].push(row as i32);
             columns[5].push(*target);
@@ -472,10 +484,10 @@ impl Step {
 }
 
 /// Cosines and sines `[positions, d / 2]`.
-fn rope_tables(c: &checkpoint::ModelConfig, capacity: usize) -> (Vec<f32>, Vec<f32>) {
+fn rope_tables(c: &checkpoint::ModelConfig, positions: usize) -> (Vec<f32>, Vec<f32>) {
     let half = c.head_dim / 2;
     let mut tables = (Vec::new(), Vec::new());
-    for position in 0..capacity.min(c.max_position_embeddings) {
+    for position in 0..positions {
         for j in 0..half {
             // transformers forms the frequencies in f32.
             let power = (2 * j) as f32 / c.head_dim as f32;

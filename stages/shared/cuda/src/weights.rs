@@ -1,14 +1,14 @@
 //! Frozen weights on the device, and the operands they are decoded into.
 
-use std::path::Path;
+mod load;
+pub(crate) mod matrix;
 
-use checkpoint::{
-    Absmax, FloatType, LinearWeight, ModelConfig, ModelFolder, Nf4, Variations, Weights,
-};
+use checkpoint::{Absmax, FloatType, ModelConfig, Nf4, StoredMatrix};
 
 use crate::adapter::{Group, first_row};
 use crate::device::{Buffer, Device, args};
 use crate::{CudaError, Dtype, Lora};
+use matrix::Matrix;
 
 /// A frozen matrix `[out, in]`.
 pub enum Linear {
@@ -84,9 +84,13 @@ impl Linear {
     /// A weight on the device. It stays in four bits where the kernel handles its blocks, and gives the
     /// bits that decoding here would: those of bitsandbytes, which rounds to the weight's own type and
     /// then to that of the product (its `compute_dtype`).
-    pub(crate) fn upload(device: &Device, weight: LinearWeight) -> Result<Self, CudaError> {
+    pub(crate) fn upload(
+        device: &Device,
+        weight: &Matrix,
+        shape: [usize; 2],
+    ) -> Result<Self, CudaError> {
         match weight {
-            LinearWeight::Nf4(weight) if has_blocks_of_kernel(&weight) => {
+            Matrix::Stored(StoredMatrix::Nf4(weight)) if has_blocks_of_kernel(weight) => {
                 let kernel = decoder(device.dtype, weight.dtype());
                 let codes = device.upload(weight.packed())?;
                 let (absmax, nested) = match weight.absmax() {
@@ -100,7 +104,7 @@ impl Linear {
                 };
                 Ok(Self::Nf4 { codes, absmax, nested, kernel })
             }
-            other => Ok(Self::Plain(device.upload(&device.dtype.encode(&other.into_f32()))?)),
+            other => Ok(Self::Plain(other.upload(device, shape)?)),
         }
     }
 }
@@ -125,62 +129,6 @@ fn has_blocks_of_kernel(weight: &Nf4) -> bool {
 }
 
 impl Frozen {
-    /// Loads a model folder: four-bit weights as they are stored, others in the device's type.
-    ///
-    /// # Errors
-    /// [`CudaError`] naming what is missing.
-    pub fn load(device: &Device, folder: &Path) -> Result<Self, CudaError> {
-        let wrong = |e: checkpoint::CheckpointError| CudaError::Input(e.to_string());
-        let folder = ModelFolder::open(folder).map_err(wrong)?;
-        let config = ModelConfig::read(&folder).map_err(wrong)?;
-        let weights = Weights::open(&folder, &config).map_err(wrong)?;
-        let load = |name: &str, shape: &[usize]| weights.load(name, shape).map_err(wrong);
-        let plain =
-            |name: &str, shape: &[usize]| device.upload(&device.dtype.encode(&load(name, shape)?));
-        let Variations { output_norms, norm_offset, .. } = config.variations;
-        let norm = |name: &str| {
-            let mut weight = load(&format!("{name}.weight"), &[config.hidden_size])?;
-            weight.iter_mut().for_each(|w| *w += norm_offset);
-            device.upload_f32(&weight)
-        };
-        let before_feed_forward = if output_norms { "pre_feedforward" } else { "post_attention" };
-        let mut layers = Vec::new();
-        for layer in 0..config.num_hidden_layers {
-            let prefix = format!("model.layers.{layer}");
-            let mut linears = Vec::new();
-            let mut bias: Vec<f32> = Vec::new();
-            for (projection, name) in NAMES.iter().enumerate() {
-                let (inputs, outputs) = shape(&config, projection);
-                let name = format!("{prefix}.{name}");
-                let stored = weights.load_linear(&format!("{name}.weight"), [outputs, inputs]);
-                linears.push(Linear::upload(device, stored.map_err(wrong)?)?);
-                if config.qkv_bias && projection < 3 {
-                    bias.extend(load(&format!("{name}.bias"), &[outputs])?);
-                }
-            }
-            let bias = (!bias.is_empty()).then(|| device.upload(&device.dtype.encode(&bias)));
-            let norm = |name: &str| norm(&format!("{prefix}.{name}_layernorm"));
-            let outputs =
-                || Ok::<_, CudaError>([norm("post_attention")?, norm("post_feedforward")?]);
-            layers.push(Layer {
-                input_norm: norm("input")?,
-                feed_forward_norm: norm(before_feed_forward)?,
-                output_norms: output_norms.then(outputs).transpose()?,
-                linears,
-                bias: bias.transpose()?,
-            });
-        }
-        let table = [config.vocab_size, config.hidden_size];
-        let untied = weights.has("lm_head.weight") && !config.tie_word_embeddings;
-        Ok(Self {
-            embed: plain("model.embed_tokens.weight", &table)?,
-            head: untied.then(|| plain("lm_head.weight", &table)).transpose()?,
-            norm: norm("model.norm")?,
-            layers,
-            config,
-        })
-    }
-
     /// Random NF4 weights of a shape, with scales of trained magnitude: for measurements.
     ///
     /// # Errors

@@ -6,13 +6,12 @@ use std::time::Instant;
 
 use checkpoint::{ModelConfig, ModelFolder};
 use contract::{Reporter, StageError};
-use cuda::{
-    Activations, AdamSettings, CudaError, Device as Gpu, Dtype, Frozen, Lora, Optimizer, Step,
-};
+use cuda::{AdamSettings, CudaError, Device as Gpu, Dtype, Frozen, Lora, Optimizer, Step};
 use model::{Adapter, DropoutKey, Loss, MicroBatch, Model};
 use serde_json::Value;
 
 use super::scaler::LossScaler;
+use super::ways::{Way, first_fit, no_room, split, ways};
 use super::{DecoderLearner, Learner, start};
 use crate::optimizer::{OptimizerKind, dynamic_maps};
 use crate::params::{self, Params};
@@ -35,9 +34,10 @@ pub(crate) struct CudaLearner {
 struct Prepared {
     optimizer: Optimizer,
     step: Step,
-    activations: Activations,
-    /// Tokens that run at once; longer micro-batches are split between sequences.
-    capacity: usize,
+    way: Way,
+    /// Tokens of the longest micro-batch and of the longest row.
+    batch: usize,
+    row: usize,
 }
 
 impl CudaLearner {
@@ -79,89 +79,98 @@ impl CudaLearner {
         Ok(Self { adapter, config, activations, settings, scaler, prepared, lora, frozen, gpu })
     }
 
-    /// Buffers and states for micro-batches of that size.
-    fn make(&self, activations: Activations, capacity: usize) -> Result<Prepared, CudaError> {
+    /// Makes ready for the first of the ways that fits. Returns the seconds of a micro-batch of the
+    /// greatest size as well.
+    fn fit(
+        &self,
+        ways: &[Way],
+        (batch, row): (usize, usize),
+    ) -> Result<(Prepared, f64), CudaError> {
+        first_fit(ways, |way, is_another_left| {
+            self.gpu.reset_peak();
+            let prepared = self.make(way, (batch, row))?;
+            // The last way may take what there is.
+            let reserve = if is_another_left { self.gpu.check_reserve() } else { Ok(()) };
+            match reserve.and_then(|()| self.rehearse(&prepared)) {
+                Ok(seconds) => Ok((prepared, seconds)),
+                Err(error) if error.is_memory() => {
+                    // Work under way reads and writes what is dropped.
+                    self.gpu.drain()?;
+                    drop(prepared);
+                    self.lora.zero_grad(&self.gpu)?;
+                    Err(error)
+                }
+                Err(error) => Err(error),
+            }
+        })
+    }
+
+    /// Buffers and states for one way.
+    fn make(&self, way: Way, (batch, row): (usize, usize)) -> Result<Prepared, CudaError> {
+        let Way { activations, capacity } = way;
         let step = Step::new(&self.gpu, &self.frozen, &self.lora, capacity, activations)?;
         let tensors = self.adapter.tensors();
         let maps = dynamic_maps();
         let spare = Some(step.spare());
         let optimizer = Optimizer::new(&self.gpu, self.settings, &tensors, &maps, spare)?;
-        Ok(Prepared { optimizer, step, activations, capacity })
+        Ok(Prepared { optimizer, step, way, batch, row })
     }
 
-    /// Runs a micro-batch of the greatest size and forgets it: compiles what is not compiled yet.
-    /// Returns its seconds.
-    fn rehearse(&self, prepared: &Prepared, row: usize) -> Result<f64, CudaError> {
-        let tokens: Vec<i32> =
-            (0..prepared.capacity).map(|i| (i % self.config.vocab_size) as i32).collect();
-        let mut bounds: Vec<i32> = (0..prepared.capacity).step_by(row).map(|i| i as i32).collect();
-        bounds.push(prepared.capacity as i32);
+    /// Runs a micro-batch of the greatest size as often as it takes until it runs as in training, and
+    /// forgets it: the first time loads what is not loaded yet, the second records. Returns the seconds
+    /// of the third.
+    fn rehearse(&self, prepared: &Prepared) -> Result<f64, CudaError> {
+        let (capacity, config) = (prepared.way.capacity, &self.config);
+        // A row may hold more tokens than a sequence.
+        let length = prepared.row.clamp(1, config.max_position_embeddings);
+        let tokens: Vec<i32> = (0..capacity).map(|i| (i % config.vocab_size) as i32).collect();
+        let mut bounds: Vec<i32> = (0..capacity).step_by(length).map(|i| i as i32).collect();
+        bounds.push(capacity as i32);
         let batch = MicroBatch { tokens: &tokens, cu_seqlens: &bounds, targets: &tokens };
-        let start = Instant::now();
-        prepared.step.run(&self.gpu, &self.frozen, &self.lora, batch, 0.0)?;
-        prepared.step.take_loss(&self.gpu)?;
+        let mut seconds = 0.0;
+        for _ in 0..3 {
+            let start = Instant::now();
+            prepared.step.run(&self.gpu, &self.frozen, &self.lora, batch, 0.0)?;
+            prepared.step.take_loss(&self.gpu)?;
+            seconds = start.elapsed().as_secs_f64();
+        }
         self.lora.zero_grad(&self.gpu)?;
-        Ok(start.elapsed().as_secs_f64())
+        Ok(seconds)
+    }
+
+    /// Has as many tokens run at once as when a checkpoint was written: sums are made in that order,
+    /// and the memory that is free now must not decide the result.
+    fn return_to(&mut self, wanted: Way, reporter: &mut Reporter) -> Result<(), StageError> {
+        let Some(Prepared { way: own, batch, row, .. }) = self.prepared else { return Ok(()) };
+        if own.capacity == wanted.capacity {
+            return Ok(());
+        }
+        self.prepared = None;
+        let same = ways(self.activations, wanted.capacity, wanted.capacity);
+        let prepared = match self.fit(&same, (batch, row)) {
+            Err(error) if error.is_memory() => {
+                reporter.warn(format!(
+                    "the checkpoint was made with {} tokens at once (activations: {}), for which \
+                     there is no memory now ({error}): resuming with {}, so that the result may \
+                     differ in its last bits from that of an uninterrupted run",
+                    wanted.capacity,
+                    wanted.name(),
+                    own.capacity,
+                ));
+                self.fit(&[own], (batch, row))
+            }
+            fitted => fitted,
+        };
+        let (prepared, _) = prepared.map_err(|error| no_room(error, self.activations, row))?;
+        let way = prepared.way;
+        reporter.log(format!("activations: {}, {} tokens at once", way.name(), way.capacity));
+        self.prepared = Some(prepared);
+        Ok(())
     }
 
     fn prepared(&self) -> Result<&Prepared, StageError> {
         self.prepared.as_ref().ok_or_else(|| StageError::internal("the GPU step was not prepared"))
     }
-}
-
-/// Ways to run micro-batches of `batch` tokens in rows of up to `row`, the fastest first.
-fn ways(choice: params::Activations, batch: usize, row: usize) -> Vec<(Activations, usize)> {
-    let activations: &[Activations] = match choice {
-        params::Activations::Keep => &[Activations::Keep],
-        params::Activations::Recompute => &[Activations::Recompute],
-        params::Activations::Offload => &[Activations::Offload],
-        params::Activations::Auto => {
-            &[Activations::Keep, Activations::Recompute, Activations::Offload]
-        }
-    };
-    let mut ways = Vec::new();
-    for activations in activations {
-        let mut capacity = batch;
-        ways.push((*activations, capacity));
-        while capacity > row {
-            capacity = (capacity / 2).max(row);
-            ways.push((*activations, capacity));
-        }
-    }
-    ways
-}
-
-fn name(activations: Activations) -> &'static str {
-    match activations {
-        Activations::Keep => "keep",
-        Activations::Recompute => "recompute",
-        Activations::Offload => "offload",
-    }
-}
-
-/// Cuts a micro-batch between sequences into parts of at most `capacity` tokens, and hands them on
-/// with bounds of their own.
-fn split<E>(
-    batch: MicroBatch<'_>,
-    capacity: usize,
-    mut each: impl FnMut(MicroBatch<'_>) -> Result<(), E>,
-) -> Result<(), E> {
-    let bounds = batch.cu_seqlens;
-    let mut first = 0;
-    while first + 1 < bounds.len() {
-        let start = bounds[first];
-        let fits = |last: &usize| (bounds[*last] - start) as usize <= capacity;
-        let last = (first + 1..bounds.len()).take_while(fits).last().unwrap_or(first + 1);
-        let own: Vec<i32> = bounds[first..=last].iter().map(|b| b - start).collect();
-        let range = start as usize..bounds[last] as usize;
-        each(MicroBatch {
-            tokens: &batch.tokens[range.clone()],
-            cu_seqlens: &own,
-            targets: &batch.targets[range],
-        })?;
-        first = last;
-    }
-    Ok(())
 }
 
 impl DecoderLearner for CudaLearner {
@@ -177,8 +186,8 @@ impl DecoderLearner for CudaLearner {
         let mut choices = vec![("peak_device_bytes", self.gpu.peak_bytes().into())];
         choices.extend(self.gpu.nvml_bytes().map(|bytes| ("nvml_device_bytes", bytes.into())));
         if let Some(prepared) = &self.prepared {
-            choices.push(("activations", name(prepared.activations).into()));
-            choices.push(("micro_batch_tokens", prepared.capacity.into()));
+            choices.push(("activations", prepared.way.name().into()));
+            choices.push(("micro_batch_tokens", prepared.way.capacity.into()));
         }
         choices
     }
@@ -196,28 +205,13 @@ impl Learner for CudaLearner {
         row: usize,
         reporter: &mut Reporter,
     ) -> Result<Option<f64>, StageError> {
-        let mut fault = None;
-        for (activations, capacity) in ways(self.activations, batch, row) {
-            match self.make(activations, capacity) {
-                Ok(prepared) => {
-                    self.prepared = Some(prepared);
-                    break;
-                }
-                Err(error @ CudaError::Memory { .. }) => fault = Some(error),
-                Err(error) => return Err(error.into()),
-            }
-        }
-        let Some(prepared) = &self.prepared else {
-            let plain =
-                fault.map_or_else(|| StageError::internal("no way to run"), StageError::from);
-            return Err(plain.help(format!(
-                "not even one row of {row} tokens fits: lower `max_length` of the stage that packs"
-            )));
-        };
-        self.rehearse(prepared, row)?;
-        let seconds = self.rehearse(prepared, row)?;
+        let (prepared, seconds) = self
+            .fit(&ways(self.activations, batch, row), (batch, row))
+            .map_err(|error| no_room(error, self.activations, row))?;
+        let way = prepared.way;
+        self.prepared = Some(prepared);
         let gib = |bytes: u64| bytes as f64 / f64::from(1u32 << 30);
-        let rate = prepared.capacity as f64 / seconds;
+        let rate = way.capacity as f64 / seconds;
         let whole = self.gpu.nvml_bytes().map(|b| format!(" (NVML: {:.2} GiB)", gib(b)));
         reporter.log(format!(
             "{}: training takes {:.2} GiB of {:.1} GiB{}; activations: {}, {} tokens at once, \
@@ -226,8 +220,8 @@ impl Learner for CudaLearner {
             gib(self.gpu.peak_bytes()),
             gib(self.gpu.total_bytes()?),
             whole.unwrap_or_default(),
-            name(prepared.activations),
-            prepared.capacity,
+            way.name(),
+            way.capacity,
         ));
         Ok(Some(1.0 / rate))
     }
@@ -240,7 +234,7 @@ impl Learner for CudaLearner {
     ) -> Result<(), StageError> {
         let prepared = self.prepared()?;
         let scale = scale * self.scaler.scale();
-        Ok(split(batch, prepared.capacity, |part| {
+        Ok(split(batch, prepared.way.capacity, |part| {
             prepared.step.run(&self.gpu, &self.frozen, &self.lora, part, scale)
         })?)
     }
@@ -270,7 +264,7 @@ impl Learner for CudaLearner {
         let prepared = self.prepared()?;
         let run =
             |part: MicroBatch<'_>| prepared.step.loss(&self.gpu, &self.frozen, &self.lora, part);
-        split(batch, prepared.capacity, run)?;
+        split(batch, prepared.way.capacity, run)?;
         let sum = prepared.step.take_loss(&self.gpu)?;
         let targets = batch.targets.iter().filter(|t| **t != -100).count() as u64;
         Ok(Loss { sum, targets })
@@ -281,70 +275,38 @@ impl Learner for CudaLearner {
     }
 
     fn write_state(&self, out: &mut Vec<u8>) -> Result<(), StageError> {
-        let values = self.values()?;
+        let (values, prepared) = (self.values()?, self.prepared()?);
+        prepared.way.write(out);
         out.extend((values.len() as u64).to_le_bytes());
         out.extend(values.iter().flat_map(|v| v.to_le_bytes()));
         self.scaler.write(out);
-        Ok(self.prepared()?.optimizer.write(&self.gpu, out)?)
+        Ok(prepared.optimizer.write(&self.gpu, out)?)
     }
 
-    fn read_state(&mut self, bytes: &[u8]) -> Result<bool, StageError> {
+    fn read_state(&mut self, bytes: &[u8], reporter: &mut Reporter) -> Result<bool, StageError> {
+        let Some((way, bytes)) = Way::read(bytes) else { return Ok(false) };
         let mut values = vec![0.0; self.adapter.values.len()];
         let Some(mut rest) = bytes.strip_prefix(&(values.len() as u64).to_le_bytes()) else {
             return Ok(false);
         };
-        let Some(prepared) = &mut self.prepared else { return Ok(false) };
         let Some(()) = crate::optimizer::read_f32(&mut values, &mut rest) else { return Ok(false) };
         let Some((scaler, rest)) = self.scaler.read(rest) else { return Ok(false) };
-        if !prepared.optimizer.read(&self.gpu, rest)? {
+        let Some(Prepared { optimizer, batch, row, .. }) = &self.prepared else { return Ok(false) };
+        let is_of_this_run = way.is_none_or(|way| (*row..=*batch).contains(&way.capacity));
+        if !is_of_this_run || !optimizer.accepts(rest) {
             return Ok(false);
         }
+        match way {
+            Some(way) => self.return_to(way, reporter)?,
+            None => reporter.warn(
+                "the checkpoint does not say how many tokens ran at once: the result may differ in \
+                 its last bits from that of an uninterrupted run",
+            ),
+        }
+        let Some(prepared) = &mut self.prepared else { return Ok(false) };
+        prepared.optimizer.read(&self.gpu, rest)?;
         self.scaler = scaler;
         self.lora.write_values(&self.gpu, &values)?;
         Ok(true)
-    }
-}
-
-#[cfg(test)]
-#[allow(clippy::unwrap_used, reason = "tests")]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn parts_of_a_micro_batch_are_whole_sequences_that_fit() {
-        let tokens: Vec<i32> = (0..20).collect();
-        let batch =
-            MicroBatch { tokens: &tokens, cu_seqlens: &[0, 5, 8, 9, 17, 20], targets: &tokens };
-        let mut parts = Vec::new();
-        let each = |part: MicroBatch<'_>| -> Result<(), ()> {
-            assert_eq!(part.tokens, part.targets);
-            parts.push((part.tokens.to_vec(), part.cu_seqlens.to_vec()));
-            Ok(())
-        };
-        split(batch, 9, each).unwrap();
-        let expected: [(std::ops::Range<i32>, &[i32]); 3] =
-            [(0..9, &[0, 5, 8, 9]), (9..17, &[0, 8]), (17..20, &[0, 3])];
-        assert_eq!(parts.len(), expected.len());
-        for ((tokens, bounds), (range, own)) in parts.iter().zip(expected) {
-            assert_eq!((tokens, &bounds[..]), (&range.collect::<Vec<_>>(), own));
-        }
-    }
-
-    #[test]
-    fn what_is_smaller_comes_after_what_is_faster() {
-        use Activations::{Keep, Offload, Recompute};
-        let ways = ways(params::Activations::Auto, 5000, 2048);
-        let expected = [
-            (Keep, 5000),
-            (Keep, 2500),
-            (Keep, 2048),
-            (Recompute, 5000),
-            (Recompute, 2500),
-            (Recompute, 2048),
-            (Offload, 5000),
-            (Offload, 2500),
-            (Offload, 2048),
-        ];
-        assert_eq!(ways, expected);
     }
 }

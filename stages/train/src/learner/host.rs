@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use contract::StageError;
+use contract::{Reporter, StageError};
 use model::{DropoutKey, Loss, MicroBatch};
 
 use super::Learner;
@@ -97,7 +97,7 @@ impl<M: HostModel> Learner for HostLearner<M> {
         Ok(())
     }
 
-    fn read_state(&mut self, bytes: &[u8]) -> Result<bool, StageError> {
+    fn read_state(&mut self, bytes: &[u8], _: &mut Reporter) -> Result<bool, StageError> {
         let (mut values, mut rest) = (self.model.values().to_vec(), bytes);
         let mut optimizer = self.optimizer.clone();
         if read_f32(&mut values, &mut rest).is_none() || optimizer.read(rest).is_none() {

@@ -55,7 +55,7 @@ impl Learner for Narrow {
         Ok(())
     }
 
-    fn read_state(&mut self, bytes: &[u8]) -> Result<bool, StageError> {
+    fn read_state(&mut self, bytes: &[u8], _: &mut Reporter) -> Result<bool, StageError> {
         let mut numbers = [0.0; 2];
         let whole = crate::optimizer::read_f32(&mut numbers, &mut &bytes[..]);
         [self.value, self.scale] = numbers;

@@ -94,6 +94,11 @@ impl Ahead {
         Ok(pending)
     }
 
+    /// Forgets the operand under way: of a recording that was given up nothing runs.
+    pub(super) fn forget(&self) {
+        self.pending.set(None);
+    }
+
     /// Enqueues the sums of a group beside the main stream.
     pub(super) fn sum(
         &self,

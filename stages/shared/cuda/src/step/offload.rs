@@ -5,7 +5,6 @@
 //! slot is written only after the copy of what it held; backward, the input of layer `l - 1` arrives
 //! in the slot that layer `l + 1` has left, while layer `l` runs.
 
-use std::ffi::c_void;
 use std::sync::Arc;
 
 use cudarc::driver::{
@@ -16,10 +15,11 @@ use cudarc::driver::{
 use crate::CudaError;
 use crate::device::{Buffer, Device};
 use crate::lane::Event;
+use crate::staging::Pinned;
 
 /// Pinned memory for the inputs of all layers but the last, whose input stays on the device.
 pub(crate) struct Offload {
-    memory: *mut c_void,
+    memory: Pinned,
     /// Bytes of a layer's input.
     bytes: usize,
     layers: usize,
@@ -32,11 +32,8 @@ pub(crate) struct Offload {
 
 impl Drop for Offload {
     fn drop(&mut self) {
-        // SAFETY: made by `new`; nothing copies any more.
-        unsafe {
-            let _ = stream::synchronize(self.copies.cu_stream());
-            let _ = result::free_host(self.memory);
-        }
+        // SAFETY: the stream lives. Nothing copies any more when the memory goes.
+        let _ = unsafe { stream::synchronize(self.copies.cu_stream()) };
     }
 }
 
@@ -44,10 +41,7 @@ impl Offload {
     /// Room for the inputs of `layers` layers of `bytes` bytes.
     pub(super) fn new(device: &Device, layers: usize, bytes: u64) -> Result<Self, CudaError> {
         let bytes = bytes as usize;
-        let wanted = bytes * layers.saturating_sub(1).max(1);
-        // SAFETY: freed by `drop`.
-        let memory = unsafe { result::malloc_host(wanted, 0) }
-            .map_err(|_| CudaError::HostMemory { wanted: wanted as u64 })?;
+        let memory = Pinned::new(bytes * layers.saturating_sub(1).max(1))?;
         let copies = device.context.new_stream()?;
         let copied = [Event::new()?, Event::new()?];
         Ok(Self { memory, bytes, layers, copies, reached: Event::new()?, copied })
@@ -102,6 +96,6 @@ impl Offload {
 
     /// Where the input of `layer` is kept.
     fn place(&self, layer: usize) -> *mut u8 {
-        self.memory.cast::<u8>().wrapping_add(layer * self.bytes)
+        self.memory.ptr().wrapping_add(layer * self.bytes)
     }
 }
