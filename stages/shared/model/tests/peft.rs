@@ -1,22 +1,17 @@
 //! Adapters of every kind against PEFT: those that it wrote (`benches/fixtures/peft_variants.py`)
 //! with its logits and gradients, and, where `PIPE_PYTHON` names a Python with PEFT, ours in PEFT.
-#![allow(clippy::unwrap_used, clippy::print_stderr, reason = "tests")]
+//! Of the repository's reference outputs, never those of `PIPE_FIXTURES`.
+#![allow(clippy::unwrap_used, reason = "tests")]
 
 use std::path::{Path, PathBuf};
 
+use fixtures::own;
 use model::{Adapter, GenerateOptions, LoraConfig, MicroBatch, Model, reference};
 use safetensors::SafeTensors;
 
-/// `PIPE_FIXTURES`, where it holds adapters of these kinds and not models alone; else the
-/// repository's.
-fn fixtures(path: &str) -> PathBuf {
-    let named = std::env::var_os("PIPE_FIXTURES").map(PathBuf::from);
-    let own = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../tests/fixtures");
-    named.filter(|dir| dir.join("peft").exists()).unwrap_or(own).join(path)
-}
-
+/// The repository's, whatever the set under test is: PEFT made the adapters from it.
 fn base() -> PathBuf {
-    fixtures("tiny-models/qwen2/f32")
+    own("tiny-models/qwen2/f32")
 }
 
 fn floats(file: &SafeTensors<'_>, name: &str) -> Vec<f32> {
@@ -40,7 +35,7 @@ fn max_difference(a: &[f32], b: &[f32]) -> f32 {
 
 /// Asserts PEFT's logits at the last positions; returns the stored file's bytes.
 fn assert_logits(variant: &str, model: &Model, adapter: &Adapter) -> Vec<u8> {
-    let raw = std::fs::read(fixtures(&format!("peft/{variant}/expected.safetensors"))).unwrap();
+    let raw = std::fs::read(own(&format!("peft/{variant}/expected.safetensors"))).unwrap();
     let file = SafeTensors::deserialize(&raw).unwrap();
     let ids = ints(&file, "input_ids");
     let logits = model.logits(Some(adapter), &ids, &[0, ids.len() as i32]).unwrap();
@@ -85,18 +80,18 @@ fn assert_gradients(variant: &str, model: &Model, adapter: &Adapter, raw: &[u8])
 }
 
 #[test]
-fn fixture_rslora_gives_pefts_logits_and_gradients() {
+fn rslora_gives_pefts_logits_and_gradients() {
     let model = Model::load(&base()).unwrap();
-    let adapter = Adapter::load_peft(&fixtures("peft/rslora"), &model).unwrap();
+    let adapter = Adapter::load_peft(&own("peft/rslora"), &model).unwrap();
     assert!(adapter.config.use_rslora);
     let raw = assert_logits("rslora", &model, &adapter);
     assert_gradients("rslora", &model, &adapter, &raw);
 }
 
 #[test]
-fn fixture_dora_gives_pefts_logits_and_gradients() {
+fn dora_gives_pefts_logits_and_gradients() {
     let model = Model::load(&base()).unwrap();
-    let adapter = Adapter::load_peft(&fixtures("peft/dora"), &model).unwrap();
+    let adapter = Adapter::load_peft(&own("peft/dora"), &model).unwrap();
     assert!(adapter.config.use_dora);
     let raw = assert_logits("dora", &model, &adapter);
     assert_gradients("dora", &model, &adapter, &raw);
@@ -129,7 +124,7 @@ fn dora_changes_nothing_at_its_start_and_its_gradient_is_that_of_autodiff() {
 fn dora_and_loftq_decode_what_the_full_forward_gives() {
     for family in ["llama", "qwen2", "gemma2"] {
         for use_dora in [true, false] {
-            let mut model = Model::load(&fixtures(&format!("tiny-models/{family}/f32"))).unwrap();
+            let mut model = Model::load(&own(&format!("tiny-models/{family}/f32"))).unwrap();
             let config = LoraConfig { r: 4, alpha: 6.0, use_dora, ..LoraConfig::default() };
             let mut adapter = if use_dora {
                 Adapter::gaussian(model.config(), &config, 5).unwrap()
@@ -166,12 +161,12 @@ fn assert_decodes_the_full_forward(model: &Model, adapter: &Adapter) {
 }
 
 #[test]
-fn fixture_pissa_of_peft_reads_as_an_adapter_of_the_whole_weights() {
+fn pissa_of_peft_reads_as_an_adapter_of_the_whole_weights() {
     let model = Model::load(&base()).unwrap();
-    let adapter = Adapter::load_peft(&fixtures("peft/pissa"), &model).unwrap();
+    let adapter = Adapter::load_peft(&own("peft/pissa"), &model).unwrap();
     assert_eq!((adapter.config.r, adapter.config.alpha), (4, 6.0));
     assert_logits("pissa", &model, &adapter);
-    let error = Adapter::load_peft_of(&fixtures("peft/pissa"), model.config()).unwrap_err();
+    let error = Adapter::load_peft_of(&own("peft/pissa"), model.config()).unwrap_err();
     assert!(error.to_string().contains("path_initial_model_for_weight_conversion"), "{error}");
 }
 
@@ -200,12 +195,12 @@ fn pissa_changes_nothing_at_its_start_and_trains_on_the_rest_of_the_weights() {
 }
 
 #[test]
-fn fixture_loftq_gives_pefts_logits_and_gradients_from_its_start_on() {
+fn loftq_gives_pefts_logits_and_gradients_from_its_start_on() {
     for (variant, iterations) in [("loftq", 1), ("loftq_3", 3)] {
         let mut model = Model::load(&base()).unwrap();
-        let before = Adapter::load_peft(&fixtures(&format!("peft/{variant}")), &model).unwrap_err();
+        let before = Adapter::load_peft(&own(&format!("peft/{variant}")), &model).unwrap_err();
         assert!(before.to_string().contains("LoftQ"), "{before}");
-        let adapter = model.load_adapter(&fixtures(&format!("peft/{variant}"))).unwrap();
+        let adapter = model.load_adapter(&own(&format!("peft/{variant}"))).unwrap();
         assert_eq!(adapter.config.loftq_iter, Some(iterations));
         let raw = assert_logits(variant, &model, &adapter);
         assert_gradients(variant, &model, &adapter, &raw);
@@ -268,7 +263,7 @@ fn adapters_that_would_be_misread_are_refused() {
     let model = Model::load(&base()).unwrap();
     let refused = |field: &str, value: serde_json::Value| {
         let dir = tempfile::tempdir().unwrap();
-        let from = fixtures("peft/rslora");
+        let from = own("peft/rslora");
         let config = std::fs::read(from.join("adapter_config.json")).unwrap();
         let mut config: serde_json::Value = serde_json::from_slice(&config).unwrap();
         config[field] = value;
@@ -319,7 +314,7 @@ fn disturb(adapter: &mut Adapter) {
 fn written_adapters_give_the_same_logits_in_peft_and_read_back() {
     let python = std::env::var_os("PIPE_PYTHON");
     if python.is_none() {
-        eprintln!("not compared with PEFT: PIPE_PYTHON is not set");
+        fixtures::skipped("PIPE_PYTHON is not set");
     }
     let ids: Vec<i32> = (0..20).map(|i| i * 37 % 512).collect();
     let plain = LoraConfig { r: 4, alpha: 6.0, ..LoraConfig::default() };
