@@ -105,7 +105,7 @@ fn matrices_decode_bit_for_bit_as_in_bitsandbytes() {
 
 #[test]
 fn fixture_decoded_layers_are_exact() {
-    for family in ["llama", "qwen2"] {
+    for family in ["llama", "qwen2", "gemma2"] {
         let dir = fixtures::path(&format!("tiny-models/{family}"));
         let expected = tensors(&dir.join("expected.safetensors"));
         let shape = expected["dequant_layer0_gate"].1.clone().try_into().unwrap();
