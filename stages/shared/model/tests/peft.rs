@@ -3,11 +3,13 @@
 //! Of the repository's reference outputs, never those of `PIPE_FIXTURES`.
 #![allow(clippy::unwrap_used, reason = "tests")]
 
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
 use fixtures::own;
 use model::{Adapter, GenerateOptions, LoraConfig, MicroBatch, Model, reference};
 use safetensors::SafeTensors;
+use serde_json::Value;
 
 /// The repository's, whatever the set under test is: PEFT made the adapters from it.
 fn base() -> PathBuf {
@@ -31,6 +33,18 @@ fn norm(values: impl Iterator<Item = f32>) -> f64 {
 fn max_difference(a: &[f32], b: &[f32]) -> f32 {
     assert_eq!(a.len(), b.len());
     a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+}
+
+/// An adapter of PEFT's with one field of its configuration changed.
+fn edited(variant: &str, field: &str, value: Value) -> tempfile::TempDir {
+    let (from, dir) = (own(&format!("peft/{variant}")), tempfile::tempdir().unwrap());
+    let config = std::fs::read(from.join("adapter_config.json")).unwrap();
+    let mut config: Value = serde_json::from_slice(&config).unwrap();
+    config[field] = value;
+    std::fs::write(dir.path().join("adapter_config.json"), config.to_string()).unwrap();
+    let weights = "adapter_model.safetensors";
+    std::fs::copy(from.join(weights), dir.path().join(weights)).unwrap();
+    dir
 }
 
 /// Asserts PEFT's logits at the last positions; returns the stored file's bytes.
@@ -86,6 +100,27 @@ fn rslora_gives_pefts_logits_and_gradients() {
     assert!(adapter.config.use_rslora);
     let raw = assert_logits("rslora", &model, &adapter);
     assert_gradients("rslora", &model, &adapter, &raw);
+}
+
+#[test]
+fn gaussian_gives_pefts_logits_and_gradients_and_starts_as_wide() {
+    let model = Model::load(&base()).unwrap();
+    let adapter = Adapter::load_peft(&own("peft/gaussian"), &model).unwrap();
+    let raw = assert_logits("gaussian", &model, &adapter);
+    assert_gradients("gaussian", &model, &adapter, &raw);
+    // Other numbers than torch's, of the same distribution; some 4,600 of them.
+    let file = SafeTensors::deserialize(&raw).unwrap();
+    let ours = Adapter::gaussian(model.config(), &adapter.config, 3).unwrap();
+    let deviation = |values: &[f32]| norm(values.iter().copied()) / (values.len() as f64).sqrt();
+    let [mut own, mut theirs] = [(); 2].map(|()| Vec::new());
+    for f in &ours.factors {
+        own.extend_from_slice(&ours.values[f.a.clone()]);
+        theirs.extend(floats(&file, &format!("start.base_model.model.{}.lora_A.weight", f.name)));
+        assert!(ours.values[f.b.clone()].iter().all(|b| *b == 0.0), "{}", f.name);
+    }
+    assert_eq!(own.len(), theirs.len());
+    let (own, theirs) = (deviation(&own), deviation(&theirs));
+    assert!((own / theirs - 1.0).abs() < 0.06, "{own} instead of {theirs}");
 }
 
 #[test]
@@ -161,11 +196,19 @@ fn assert_decodes_the_full_forward(model: &Model, adapter: &Adapter) {
 }
 
 #[test]
-fn pissa_of_peft_reads_as_an_adapter_of_the_whole_weights() {
+fn pissa_gives_pefts_logits_and_gradients_and_reads_as_an_adapter_of_the_whole_weights() {
     let model = Model::load(&base()).unwrap();
     let adapter = Adapter::load_peft(&own("peft/pissa"), &model).unwrap();
     assert_eq!((adapter.config.r, adapter.config.alpha), (4, 6.0));
-    assert_logits("pissa", &model, &adapter);
+    let raw = assert_logits("pissa", &model, &adapter);
+    // Trained, as in PEFT, on the rest of the weights.
+    let narrow = edited("pissa", "init_lora_weights", true.into());
+    let narrow = Adapter::load_peft(narrow.path(), &model).unwrap();
+    assert_eq!(narrow.config.r, 2);
+    let mut rest = Model::load(&base()).unwrap();
+    rest.subtract(&Adapter::pissa(&model, &narrow.config).unwrap());
+    assert_logits("pissa", &rest, &narrow);
+    assert_gradients("pissa", &rest, &narrow, &raw);
     let error = Adapter::load_peft_of(&own("peft/pissa"), model.config()).unwrap_err();
     assert!(error.to_string().contains("path_initial_model_for_weight_conversion"), "{error}");
 }
@@ -261,15 +304,8 @@ fn loftq_starts_nearer_to_the_model_than_four_bits_do_and_reads_back() {
 #[test]
 fn adapters_that_would_be_misread_are_refused() {
     let model = Model::load(&base()).unwrap();
-    let refused = |field: &str, value: serde_json::Value| {
-        let dir = tempfile::tempdir().unwrap();
-        let from = own("peft/rslora");
-        let config = std::fs::read(from.join("adapter_config.json")).unwrap();
-        let mut config: serde_json::Value = serde_json::from_slice(&config).unwrap();
-        config[field] = value;
-        std::fs::write(dir.path().join("adapter_config.json"), config.to_string()).unwrap();
-        let weights = "adapter_model.safetensors";
-        std::fs::copy(from.join(weights), dir.path().join(weights)).unwrap();
+    let refused = |field: &str, value: Value| {
+        let dir = edited("rslora", field, value);
         Adapter::load_peft(dir.path(), &model).map_err(|e| e.to_string())
     };
     for (field, value) in [
@@ -284,11 +320,11 @@ fn adapters_that_would_be_misread_are_refused() {
         assert!(error.ends_with("is not supported"), "{field}: {error}");
     }
     refused("init_lora_weights", "gaussian".into()).unwrap();
-    refused("layers_to_transform", serde_json::Value::Null).unwrap();
+    refused("layers_to_transform", Value::Null).unwrap();
 }
 
 /// Logits that PEFT computes with the adapter in `folder`.
-fn logits_of_peft(python: &std::ffi::OsStr, folder: &Path, ids: &[i32]) -> Vec<f32> {
+fn logits_of_peft(python: &OsStr, folder: &Path, ids: &[i32]) -> Vec<f32> {
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../benches/peft_logits.py");
     let ids: Vec<String> = ids.iter().map(i32::to_string).collect();
     let out = folder.join("logits.safetensors");
