@@ -346,34 +346,68 @@ fn disturb(adapter: &mut Adapter) {
     }
 }
 
-#[test]
-fn written_adapters_give_the_same_logits_in_peft_and_read_back() {
-    let python = std::env::var_os("PIPE_PYTHON");
-    if python.is_none() {
-        fixtures::skipped("PIPE_PYTHON is not set");
-    }
-    let ids: Vec<i32> = (0..20).map(|i| i * 37 % 512).collect();
+/// An adapter of each kind that is trained, moved away from its start, as it is saved; and the
+/// weights that it was trained on, with it on them.
+fn written() -> Vec<(&'static str, Adapter, Model, Adapter)> {
     let plain = LoraConfig { r: 4, alpha: 6.0, ..LoraConfig::default() };
     let rslora = LoraConfig { use_rslora: true, ..plain.clone() };
     let dora = LoraConfig { use_dora: true, ..rslora.clone() };
-    let loftq = LoraConfig { loftq_iter: Some(1), ..plain.clone() };
-    for config in [plain, rslora, dora, loftq] {
-        let mut model = Model::load(&base()).unwrap();
-        let mut adapter = match config.loftq_iter {
-            Some(iterations) => model.start_loftq(&config, iterations).unwrap(),
-            None => Adapter::gaussian(model.config(), &config, 5).unwrap(),
-        };
-        if config.use_dora {
-            adapter.set_magnitudes(&model).unwrap();
+    let kinds = [
+        ("plain", plain.clone()),
+        ("rslora", rslora.clone()),
+        ("dora", dora),
+        ("pissa", plain.clone()),
+        ("pissa with rslora", rslora),
+        ("loftq", plain),
+    ];
+    kinds.map(|(kind, config)| written_as(kind, &config)).into()
+}
+
+fn written_as(kind: &'static str, config: &LoraConfig) -> (&'static str, Adapter, Model, Adapter) {
+    let mut model = Model::load(&base()).unwrap();
+    let pissa = kind.starts_with("pissa").then(|| Adapter::pissa(&model, config).unwrap());
+    let mut adapter = match &pissa {
+        Some(start) => {
+            model.subtract(start);
+            start.clone()
         }
-        disturb(&mut adapter);
+        None if kind == "loftq" => model.start_loftq(config, 1).unwrap(),
+        None => Adapter::gaussian(model.config(), config, 5).unwrap(),
+    };
+    if config.use_dora {
+        adapter.set_magnitudes(&model).unwrap();
+    }
+    disturb(&mut adapter);
+    let saved = match &pissa {
+        Some(start) => adapter.relative_to(start, &Model::load(&base()).unwrap()).unwrap(),
+        None => adapter.clone(),
+    };
+    (kind, saved, model, adapter)
+}
+
+#[test]
+fn written_adapters_read_back() {
+    for (kind, saved, ..) in written() {
         let dir = tempfile::tempdir().unwrap();
-        adapter.save_peft(dir.path(), "tiny").unwrap();
+        saved.save_peft(dir.path(), "tiny").unwrap();
         let read = Model::load(&base()).unwrap().load_adapter(dir.path()).unwrap();
-        assert_eq!(read, adapter);
-        let Some(python) = &python else { continue };
+        assert_eq!(read, saved, "{kind}");
+    }
+}
+
+/// `PIPE_PYTHON` is a Python with PEFT, bitsandbytes and transformers.
+#[test]
+fn written_adapters_give_their_logits_in_pythons_peft() {
+    let Some(python) = std::env::var_os("PIPE_PYTHON") else {
+        fixtures::skipped("PIPE_PYTHON is not set");
+        return;
+    };
+    let ids: Vec<i32> = (0..20).map(|i| i * 37 % 512).collect();
+    for (kind, saved, model, adapter) in written() {
+        let dir = tempfile::tempdir().unwrap();
+        saved.save_peft(dir.path(), "tiny").unwrap();
         let ours = model.logits(Some(&adapter), &ids, &[0, 20]).unwrap();
-        let off = max_difference(&ours, &logits_of_peft(python, dir.path(), &ids));
-        assert!(off < 2e-4, "{config:?}: {off}");
+        let off = max_difference(&ours, &logits_of_peft(&python, dir.path(), &ids));
+        assert!(off < 2e-4, "{kind}: {off}");
     }
 }
