@@ -1,6 +1,6 @@
 //! Exports of the tiny models, read back by the project's own loader and by Python's `gguf`, PEFT
 //! and transformers.
-#![allow(clippy::unwrap_used, clippy::print_stderr, reason = "tests")]
+#![allow(clippy::unwrap_used, reason = "tests")]
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -21,16 +21,9 @@ const TEMPLATE: &str = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '
 const TEXTS: [&str; 4] =
     ["the then other", "<|im_start|>user\nWhat's 10*7?<|im_end|>\n", "naïve 日本語 🙂", " \n\n  x"];
 
-/// Folder of reference outputs: `PIPE_FIXTURES`, else the trimmed copy in the repository.
-fn fixtures() -> PathBuf {
-    std::env::var_os("PIPE_FIXTURES").map_or_else(
-        || PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures"),
-        PathBuf::from,
-    )
-}
-
+/// A part of a tiny model of the set under test.
 fn tiny(family: &str, part: &str) -> PathBuf {
-    fixtures().join("tiny-models").join(family).join(part)
+    fixtures::path(&format!("tiny-models/{family}/{part}"))
 }
 
 /// A byte-level BPE tokenizer with Qwen2's pre-tokenizer, and a ChatML template.
@@ -77,8 +70,12 @@ fn write_tokenizer(folder: &Path) {
 
 /// A copy of a tiny model, with a tokenizer.
 fn with_tokenizer(family: &str, part: &str) -> tempfile::TempDir {
+    copy_with_tokenizer(&tiny(family, part))
+}
+
+fn copy_with_tokenizer(folder: &Path) -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
-    for entry in std::fs::read_dir(tiny(family, part)).unwrap() {
+    for entry in std::fs::read_dir(folder).unwrap() {
         let entry = entry.unwrap();
         std::fs::copy(entry.path(), dir.path().join(entry.file_name())).unwrap();
     }
@@ -299,15 +296,15 @@ fn fixture_shards_hold_what_one_file_does() {
     assert_eq!(of(one.path()), of(many.path()));
 }
 
-/// Adapters that PEFT wrote for the tiny Qwen2: `benches/fixtures/peft_variants.py`.
+/// Adapters that PEFT wrote for the repository's tiny Qwen2: `benches/fixtures/peft_variants.py`.
 fn peft_variant(name: &str) -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/peft").join(name)
+    fixtures::own(&format!("peft/{name}"))
 }
 
 #[test]
-fn fixture_variants_of_lora_are_merged_as_they_compute() {
-    let model = tiny("qwen2", "f32");
-    let ids = input_ids("qwen2");
+fn variants_of_lora_are_merged_as_they_compute() {
+    let model = fixtures::own("tiny-models/qwen2/f32");
+    let ids: Vec<i32> = (0..96).map(|i| i * 37 % 512).collect();
     let plain = logits(&model, None, &ids);
     for variant in ["rslora", "dora", "loftq", "loftq_3"] {
         let adapter = peft_variant(variant);
@@ -379,22 +376,23 @@ fn params_are_checked() {
     assert_eq!(names(json!({"merge_onto": "original"})), ["model", "adapter", "original"]);
 }
 
-/// `PIPE_PYTHON` is a Python with gguf, peft and transformers.
+/// `PIPE_PYTHON` is a Python with gguf, PEFT, bitsandbytes and transformers.
 #[test]
-fn fixture_pythons_own_libraries_read_every_export() {
+fn pythons_own_libraries_read_every_export() {
     let Some(python) = std::env::var_os("PIPE_PYTHON") else {
-        eprintln!("skipped: PIPE_PYTHON is not set");
+        fixtures::skipped("PIPE_PYTHON is not set");
         return;
     };
     let script = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../benches/check_export.py");
+    let own = |family: &str, part: &str| fixtures::own(&format!("tiny-models/{family}/{part}"));
     for (family, adapter) in [
-        ("llama", tiny("llama", "adapter")),
-        ("qwen2", tiny("qwen2", "adapter")),
+        ("llama", own("llama", "adapter")),
+        ("qwen2", own("qwen2", "adapter")),
         ("qwen2", peft_variant("dora")),
         ("qwen2", peft_variant("loftq")),
-        ("gemma2", tiny("gemma2", "adapter")),
+        ("gemma2", own("gemma2", "adapter")),
     ] {
-        let model = with_tokenizer(family, "f32");
+        let model = copy_with_tokenizer(&own(family, "f32"));
         for format in ["safetensors", "gguf-f16", "gguf-q8_0", "gguf-q4_0"] {
             let inputs = [("model", model.path()), ("adapter", &*adapter)];
             let out = run(json!({"format": format}), &inputs).unwrap();
@@ -412,7 +410,7 @@ fn fixture_pythons_own_libraries_read_every_export() {
 #[test]
 fn smollm2_keeps_its_tokens_and_its_next_token() {
     let Some(path) = std::env::var_os("PIPE_SMOLLM2").map(PathBuf::from) else {
-        eprintln!("skipped: PIPE_SMOLLM2 is not set");
+        fixtures::skipped("PIPE_SMOLLM2 is not set");
         return;
     };
     let ids: Vec<u32> = ModelFolder::open(&path)

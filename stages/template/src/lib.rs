@@ -244,6 +244,6 @@ fn manual(dialect: &Dialect, wanted: &[ManualPrompt]) -> Result<Vec<Prompt>, Sta
 }
 
 #[cfg(test)]
-mod fixtures;
+mod goldens;
 #[cfg(test)]
 mod tests;

@@ -1,7 +1,6 @@
 //! The whole stage: on a small random Llama written here, and on the real SmolLM2 where
 //! `PIPE_SMOLLM2` names its GGUF.
 #![allow(clippy::unwrap_used, reason = "tests")]
-#![allow(clippy::print_stderr, reason = "says why a test did nothing")]
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
@@ -315,12 +314,8 @@ fn every_optimizer_gives_the_same_bytes_twice_and_after_a_kill() {
 /// The stage on a tiny model in four bits against ten steps of PEFT and torch.
 #[test]
 fn fixture_ten_steps_of_the_stage_follow_torch() {
-    let fixtures = std::env::var_os("PIPE_FIXTURES").map_or_else(
-        || PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures"),
-        PathBuf::from,
-    );
     for family in ["llama", "qwen2", "gemma2"] {
-        let folder = fixtures.join("tiny-models").join(family);
+        let folder = fixtures::path(&format!("tiny-models/{family}"));
         let raw = fs::read(folder.join("expected.safetensors")).unwrap();
         let expected = SafeTensors::deserialize(&raw).unwrap();
         let mut space = Space::new();
@@ -419,7 +414,7 @@ fn the_best_adapter_needs_tokens_to_evaluate() {
 #[test]
 fn real_smollm2_learns_a_few_rows() {
     let Some(path) = std::env::var_os("PIPE_SMOLLM2") else {
-        eprintln!("skipped: PIPE_SMOLLM2 is not set");
+        fixtures::skipped("PIPE_SMOLLM2 is not set");
         return;
     };
     let mut space = Space::new();

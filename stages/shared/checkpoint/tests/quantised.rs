@@ -1,8 +1,8 @@
 //! Quantised safetensors: decoding equal to bitsandbytes', and what is refused by name.
-#![allow(clippy::unwrap_used, clippy::print_stderr, reason = "tests")]
+#![allow(clippy::unwrap_used, reason = "tests")]
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use checkpoint::{
     Absmax, FloatType, LinearWeight, ModelConfig, ModelFolder, NestedRounding, Nf4, Weights, to_f32,
@@ -12,20 +12,6 @@ use safetensors::{Dtype, SafeTensors};
 use serde_json::{Value, json};
 
 type Tensors = BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)>;
-
-/// Folder of reference outputs, where `PIPE_FIXTURES` names it: the repository's copy holds no
-/// quantised checkpoint.
-fn fixtures() -> Option<PathBuf> {
-    let folder = std::env::var_os("PIPE_FIXTURES").map(PathBuf::from);
-    if folder.is_none() {
-        eprintln!("skipped: PIPE_FIXTURES is not set");
-    }
-    folder
-}
-
-fn repository() -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../../tests/fixtures")
-}
 
 fn tensors(path: &Path) -> Tensors {
     let bytes = std::fs::read(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
@@ -37,7 +23,7 @@ fn tensors(path: &Path) -> Tensors {
 }
 
 fn golden() -> Tensors {
-    tensors(&repository().join("checkpoint/nf4/model.safetensors"))
+    tensors(&fixtures::own("checkpoint/nf4/model.safetensors"))
 }
 
 fn floats(tensors: &Tensors, name: &str) -> Vec<f32> {
@@ -119,9 +105,8 @@ fn matrices_decode_bit_for_bit_as_in_bitsandbytes() {
 
 #[test]
 fn fixture_decoded_layers_are_exact() {
-    let Some(fixtures) = fixtures() else { return };
-    for family in ["llama", "qwen2"] {
-        let dir = fixtures.join(format!("tiny-models/{family}"));
+    for family in ["llama", "qwen2", "gemma2"] {
+        let dir = fixtures::path(&format!("tiny-models/{family}"));
         let expected = tensors(&dir.join("expected.safetensors"));
         let shape = expected["dequant_layer0_gate"].1.clone().try_into().unwrap();
         let name = "model.layers.0.mlp.gate_proj.weight";
@@ -134,9 +119,8 @@ fn fixture_decoded_layers_are_exact() {
 
 #[test]
 fn fixture_quantised_layers_are_those_of_the_checkpoint() {
-    let Some(fixtures) = fixtures() else { return };
     for family in ["llama", "qwen2", "gemma2"] {
-        let dir = fixtures.join(format!("tiny-models/{family}"));
+        let dir = fixtures::path(&format!("tiny-models/{family}"));
         let full = tensors(&dir.join("f32/model.safetensors"));
         let quantised = tensors(&dir.join("nf4/model.safetensors"));
         let layers: Vec<&str> =

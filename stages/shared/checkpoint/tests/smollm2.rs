@@ -1,23 +1,16 @@
 //! The tokenizer built from a real GGUF file, against ids that transformers made.
 //! `PIPE_SMOLLM2` names the file; without it these tests are skipped, saying so.
 
-#![allow(clippy::unwrap_used, clippy::print_stderr, reason = "tests")]
+#![allow(clippy::unwrap_used, reason = "tests")]
 
 use std::path::PathBuf;
 
 use checkpoint::ModelFolder;
 use serde_json::Value;
 
-fn fixtures() -> PathBuf {
-    std::env::var_os("PIPE_FIXTURES").map_or_else(
-        || PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../../../tests/fixtures")),
-        PathBuf::from,
-    )
-}
-
 fn folder() -> Option<ModelFolder> {
     let Some(path) = std::env::var_os("PIPE_SMOLLM2") else {
-        eprintln!("skipped: PIPE_SMOLLM2 is not set");
+        fixtures::skipped("PIPE_SMOLLM2 is not set");
         return None;
     };
     Some(ModelFolder::open(&PathBuf::from(path)).unwrap())
@@ -25,10 +18,11 @@ fn folder() -> Option<ModelFolder> {
 
 #[test]
 fn token_ids_of_the_fixture_are_equal_and_decode_to_the_text() {
+    // First, so that a missing fixture fails without the model too.
+    let path = fixtures::path("smollm2-135m-instruct/expected.json");
+    let expected: Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
     let Some(folder) = folder() else { return };
     let tokenizer = folder.tokenizer().unwrap();
-    let path = fixtures().join("smollm2-135m-instruct/expected.json");
-    let expected: Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
     for case in expected["tokenisation"].as_array().unwrap() {
         let text = case["text"].as_str().unwrap();
         let encoded = tokenizer.encode(text).unwrap();

@@ -10,7 +10,7 @@ use crate::{Dtype, Linear};
 
 /// GPUs in every type, or none and a word about it.
 fn gpus() -> Vec<Device> {
-    let open = |dtype| Device::open(0, dtype).map_err(|e| eprintln!("skipped: {e}")).ok();
+    let open = |dtype| Device::open(0, dtype).map_err(fixtures::skipped).ok();
     [Dtype::F32, Dtype::Bf16, Dtype::F16].into_iter().filter_map(open).collect()
 }
 

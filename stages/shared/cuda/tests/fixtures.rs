@@ -13,20 +13,11 @@ use model::{Adapter, MicroBatch};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype as Stored, SafeTensors};
 
-/// Folder of reference outputs: `PIPE_FIXTURES`, else the trimmed copy in the repository.
-fn fixtures() -> PathBuf {
-    std::env::var_os("PIPE_FIXTURES").map_or_else(
-        || PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../../tests/fixtures"),
-        PathBuf::from,
-    )
-}
-
 struct Expected(Vec<u8>);
 
 impl Expected {
     fn read(path: &str) -> Self {
-        let path = fixtures().join("tiny-models").join(path);
-        Self(std::fs::read(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display())))
+        Self(std::fs::read(fixtures::path(&format!("tiny-models/{path}"))).unwrap())
     }
 
     fn bytes(&self, name: &str) -> Vec<u8> {
@@ -61,8 +52,10 @@ const SCALE: f32 = 1024.0;
 
 impl Rig {
     fn new(family: &'static str, weights: &str, adapted: bool, dtype: Dtype) -> Option<Self> {
-        let device = Device::open(0, dtype).map_err(|e| eprintln!("skipped: {e}")).ok()?;
-        let folder = fixtures().join("tiny-models").join(family);
+        // First, so that a missing fixture fails without a GPU too.
+        let folder = fixtures::path(&format!("tiny-models/{family}"));
+        let expected = Expected::read(&format!("{family}/expected.safetensors"));
+        let device = Device::open(0, dtype).map_err(fixtures::skipped).ok()?;
         let model = ModelFolder::open(&folder.join(weights)).unwrap();
         let config = ModelConfig::read(&model).unwrap();
         let mut adapter = Adapter::load_peft_of(&folder.join("adapter"), &config).unwrap();
@@ -71,7 +64,6 @@ impl Rig {
         }
         let frozen = Frozen::load(&device, &folder.join(weights)).unwrap();
         let lora = Lora::new(&device, &config, &adapter).unwrap();
-        let expected = Expected::read(&format!("{family}/expected.safetensors"));
         Some(Self { family, expected, adapter, lora, frozen, device })
     }
 
@@ -235,7 +227,7 @@ fn check_ten_steps(rig: &Rig, findings: &mut Findings) {
         findings.keep(name, found);
     }
     let values = rig.lora.read_values(device).unwrap();
-    let folder = fixtures().join("tiny-models").join(rig.family);
+    let folder = fixtures::path(&format!("tiny-models/{}", rig.family));
     let model = ModelFolder::open(&folder.join("nf4")).unwrap();
     let config = ModelConfig::read(&model).unwrap();
     let after = Adapter::load_peft_of(&folder.join("adapter_after_10_steps"), &config).unwrap();
@@ -251,21 +243,17 @@ fn check_ten_steps(rig: &Rig, findings: &mut Findings) {
 
 #[test]
 fn fixture_the_gpu_follows_transformers_and_peft() {
-    let quantised = std::env::var_os("PIPE_FIXTURES").is_some();
     for family in ["llama", "qwen2", "gemma2"] {
         for dtype in [Dtype::F32, Dtype::Bf16, Dtype::F16] {
             let mut findings = Findings { dtype, tensors: Vec::new() };
             let Some(plain) = Rig::new(family, "f32", false, dtype) else { return };
             check_logits(&plain, "logits_f32", &mut findings);
-            // The repository's copy holds no quantised checkpoint.
-            if quantised {
-                let Some(base) = Rig::new(family, "nf4", false, dtype) else { return };
-                check_logits(&base, "logits_nf4", &mut findings);
-                let Some(tuned) = Rig::new(family, "nf4", true, dtype) else { return };
-                check_logits(&tuned, "logits_nf4_adapter", &mut findings);
-                check_gradients(&tuned, &mut findings);
-                check_ten_steps(&tuned, &mut findings);
-            }
+            let Some(base) = Rig::new(family, "nf4", false, dtype) else { return };
+            check_logits(&base, "logits_nf4", &mut findings);
+            let Some(tuned) = Rig::new(family, "nf4", true, dtype) else { return };
+            check_logits(&tuned, "logits_nf4_adapter", &mut findings);
+            check_gradients(&tuned, &mut findings);
+            check_ten_steps(&tuned, &mut findings);
             findings.write(family);
         }
     }

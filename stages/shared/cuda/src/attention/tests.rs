@@ -5,7 +5,7 @@ use crate::device::Buffer;
 
 /// The GPU, or nothing and a word about it.
 fn gpu(dtype: Dtype, head_dim: usize) -> Option<Device> {
-    let device = Device::open(0, dtype).map_err(|e| eprintln!("skipped: {e}")).ok()?;
+    let device = Device::open(0, dtype).map_err(fixtures::skipped).ok()?;
     device.head_dim.set(head_dim);
     Some(device)
 }

@@ -2,7 +2,6 @@
 #![allow(clippy::unwrap_used, reason = "tests")]
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
 
 use checkpoint::ChatTemplate;
 
@@ -10,7 +9,7 @@ use super::*;
 
 /// `benches/fixtures/chat_templates.py` writes it.
 #[derive(Deserialize)]
-struct Fixtures {
+struct Goldens {
     templates: BTreeMap<String, String>,
     /// Of the templates that begin with one.
     bos_tokens: BTreeMap<String, String>,
@@ -32,13 +31,8 @@ struct Case {
     prompts: Vec<String>,
 }
 
-fn read() -> Fixtures {
-    let repository = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures");
-    let named = std::env::var_os("PIPE_FIXTURES").map(PathBuf::from);
-    let paths = named.into_iter().chain([repository]).map(|dir| dir.join("chat_templates.json"));
-    // Another set of reference outputs may hold models alone.
-    let text = paths.into_iter().find_map(|path| std::fs::read(path).ok()).unwrap();
-    serde_json::from_slice(&text).unwrap()
+fn read() -> Goldens {
+    serde_json::from_str(include_str!("../../../tests/fixtures/chat_templates.json")).unwrap()
 }
 
 /// Runs the stage on rows that are both trained and tested on; returns texts and prompts.
@@ -72,22 +66,21 @@ fn run_stage(source: &str, rows: &[Row]) -> (Vec<RenderedRow>, Vec<Prompt>) {
 }
 
 #[test]
-fn fixture_the_stage_renders_qwen2_5_as_transformers_does() {
-    let fixtures = read();
+fn the_stage_renders_qwen2_5_as_transformers_does() {
+    let goldens = read();
     let mut cases = 0;
     for name in ["qwen2_5", "qwen2_5_training"] {
-        let of_template: Vec<&Case> =
-            fixtures.cases.iter().filter(|c| c.template == name).collect();
+        let of_template: Vec<&Case> = goldens.cases.iter().filter(|c| c.template == name).collect();
         let rows: Vec<Row> = of_template
             .iter()
             .enumerate()
             .map(|(i, case)| {
-                let Conversation { tools, messages } = &fixtures.conversations[&case.name];
+                let Conversation { tools, messages } = &goldens.conversations[&case.name];
                 let (tools, messages) = (tools.clone(), messages.clone());
                 Row { id: case.name.clone(), index: i as u64, tools, messages }
             })
             .collect();
-        let (texts, prompts) = run_stage(&fixtures.templates[name], &rows);
+        let (texts, prompts) = run_stage(&goldens.templates[name], &rows);
         for (case, rendered) in of_template.iter().zip(&texts) {
             assert_eq!(rendered.text, case.text, "{name}: {}", case.name);
             cases += 1;
@@ -99,18 +92,18 @@ fn fixture_the_stage_renders_qwen2_5_as_transformers_does() {
 }
 
 #[test]
-fn fixture_other_templates_render_as_in_transformers() {
-    let fixtures = read();
-    for case in &fixtures.cases {
+fn other_templates_render_as_in_transformers() {
+    let goldens = read();
+    for case in &goldens.cases {
         let template = ChatTemplate {
             origin: case.template.clone(),
-            source: fixtures.templates[&case.template].clone(),
+            source: goldens.templates[&case.template].clone(),
             tool_source: None,
-            bos_token: fixtures.bos_tokens.get(&case.template).cloned().unwrap_or_default(),
+            bos_token: goldens.bos_tokens.get(&case.template).cloned().unwrap_or_default(),
             eos_token: String::new(),
         };
         let dialect = Dialect::new(&template, ToolFormat::Auto, None).unwrap();
-        let Conversation { tools, messages } = &fixtures.conversations[&case.name];
+        let Conversation { tools, messages } = &goldens.conversations[&case.name];
         let turns = dialect.turns(messages, tools);
         let text = turns.render(messages.len(), false).unwrap();
         assert_eq!(text, case.text, "{}: {}", case.template, case.name);
