@@ -269,6 +269,9 @@ impl Planner<'_> {
             return Ok(Decision::Run { reasons });
         };
         if let Err(fault) = self.cache.check(&record) {
+            if let Some(denial) = fault.denial(&stage.name) {
+                return Err(denial.into());
+            }
             return run(Reason::Incomplete { output: fault.output, what: fault.what });
         }
         for (key, wanted) in &stage.require {

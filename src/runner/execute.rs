@@ -58,7 +58,7 @@ pub(super) enum Made {
 impl From<CacheError> for StageError {
     fn from(error: CacheError) -> Self {
         let fault = match &error {
-            CacheError::Unfit(_) => Fault::Internal,
+            CacheError::Unfit(_) | CacheError::Link { .. } => Fault::Internal,
             _ => Fault::Io,
         };
         let help = error.help();
@@ -79,7 +79,7 @@ pub(super) fn execute(
     if let Some(found) = &found {
         if !job.forced
             && settled
-            && planner.cache.check(found).is_ok()
+            && planner.cache.is_whole(found)?
             && required(job.stage, found).is_ok()
         {
             return Ok(Made::ByOther(Arc::new(found.clone())));
@@ -353,13 +353,19 @@ fn store(
             OutputForm::File => meta.is_file(),
             OutputForm::Tree => meta.is_dir(),
         };
-        if !fits {
+        // Of a link more can be said than that it is neither.
+        if !fits && !meta.is_symlink() {
             return defect(format!(
                 "made its output `{}` in another form than declared",
                 spec.name
             ));
         }
-        let kept = planner.cache.ingest(path, spec.form)?;
+        let kept = planner.cache.ingest(path, spec.form).map_err(|error| {
+            let mut error = StageError::from(error);
+            error.message =
+                format!("output `{}` of stage `{}`: {}", spec.name, job.stage.name, error.message);
+            error
+        })?;
         let output = OutputRecord {
             digest: kept.digest,
             form: spec.form,

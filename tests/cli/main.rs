@@ -13,6 +13,7 @@ mod doctor;
 mod failures;
 #[cfg(feature = "remote")]
 mod http;
+mod outputs;
 mod processes;
 mod profiles;
 mod programs;
