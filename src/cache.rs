@@ -419,7 +419,7 @@ impl Drop for WorkDir {
 pub(crate) fn differing_artifacts(a: &Record, b: &Record) -> Vec<String> {
     let artifacts = |r: &Record| -> BTreeMap<String, crate::digest::Digest> {
         let artifacts = r.outputs.iter().filter(|(_, o)| o.class == OutputClass::Artifact);
-        artifacts.map(|(name, o)| (name.clone(), o.digest)).collect()
+        artifacts.map(|(name, o)| (name.clone(), o.identity())).collect()
     };
     let (a, b) = (artifacts(a), artifacts(b));
     let names = a.keys().chain(b.keys()).collect::<std::collections::BTreeSet<_>>();

@@ -84,7 +84,7 @@ impl Cache {
                 .map_err(|e| CacheError::io("make", to, e))
         };
         match output.form {
-            OutputForm::File => one(output.digest, to, false),
+            OutputForm::File => one(output.digest, to, output.exec),
             OutputForm::Tree => {
                 let object = output.digest.short();
                 let entries =

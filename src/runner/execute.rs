@@ -372,6 +372,7 @@ fn store(
             class: spec.class,
             bytes: kept.bytes,
             file_name: spec.file_name.clone(),
+            exec: kept.exec,
         };
         stored.insert(spec.name.clone(), output);
     }

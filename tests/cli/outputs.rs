@@ -199,3 +199,26 @@ fn object_that_may_not_be_read_is_no_damage() {
     assert_eq!(mode(&object), readable(&space));
     as_user(&space, &["plan", "--check"]).unwrap().code(0);
 }
+
+#[test]
+fn file_keeps_its_exec_bit_for_stages_for_people_and_in_gathered_folders() {
+    let space = Space::new(
+        r"
+stages:
+  build: {kind: command, matrix: {single: {word: [b]}}, params: {run: '(echo \#!/bin/sh; echo echo ${word}) > $PIPE_OUTPUT_OUT; chmod +x $PIPE_OUTPUT_OUT', outputs: {out: {file: program}}}}
+  use: {kind: command, inputs: {program: {from: build, at: {}}}, params: {run: '$PIPE_INPUT_PROGRAM > $PIPE_OUTPUT_OUT', outputs: {out: {file: out}}}}
+  all: {kind: command, inputs: {built: {gather: build}}, params: {run: 'for p in $PIPE_INPUT_BUILT/*/program; do $p; done > $PIPE_OUTPUT_OUT', outputs: {out: {file: out}}}}
+params: {word: a}
+",
+    );
+    space.pipe(&["run", "build@*", "use", "all"]).code(0);
+    space.pipe(&["plan", "--check", "use", "all"]).code(0);
+    space.pipe(&["outputs", "build", "--to", "kept"]).code(0);
+    assert_ne!(mode(&space.path("kept/program")) & 0o100, 0);
+    space.pipe(&["outputs", "all", "--to", "kept"]).code(0);
+    assert_eq!(fs::read_to_string(space.path("kept/out")).unwrap().lines().count(), 2);
+    // Without it, the same bytes are another input.
+    space.replace("; chmod +x $PIPE_OUTPUT_OUT", "");
+    let broken = space.pipe(&["run", "use"]).code(4);
+    assert!(broken.err.contains("exit code 126"), "{}", broken.err);
+}
