@@ -1,6 +1,6 @@
 //! One execution of one stage: lease, inputs, process, outputs, record.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use contract::{Fault, Outcome, OutputForm, PROTOCOL, Request, StageError, UpstreamRecord};
 
-use super::{Message, shared, slots};
+use super::{Message, inputs, shared, slots};
 use crate::cache::{
     Acquired, CacheError, Lease, Scratch, WorkDir, differing_artifacts, is_left_open, unix_seconds,
 };
@@ -47,6 +47,8 @@ pub(super) enum Made {
     Fetched(Arc<Record>),
     /// Nowhere: the remote has none, and nothing is to be run.
     Nowhere(String),
+    /// Nowhere: what these stages made is not in the cache any more, and it is an input.
+    Lost(BTreeSet<String>),
     /// This execution made them.
     Here {
         record: Arc<Record>,
@@ -101,6 +103,10 @@ pub(super) fn execute(
         return Ok(Made::Nowhere(why.to_owned()));
     }
     let _slots = take_slots(job, sender, interrupts)?;
+    let lost = inputs::lost(planner, job)?;
+    if !lost.is_empty() {
+        return Ok(Made::Lost(lost));
+    }
     let scratch = planner.cache.scratch(fingerprint)?;
     let result = attempt(planner, job, sender, &scratch);
     match &result {
@@ -210,8 +216,8 @@ fn attempt(
     })?;
     let seconds = clock.elapsed().as_secs_f64();
 
-    unchanged_locals(planner, job)?;
-    keep_listings(planner, job);
+    inputs::check_unchanged(planner, job)?;
+    inputs::keep_listings(planner, job);
     let outputs = store(planner, job, &request, &work)?;
     let mut identity = job.identity.clone();
     if job.stage.signature.lock_key.is_some() {
@@ -304,31 +310,6 @@ fn upstream(planner: Planner<'_>, job: &Job<'_>) -> Vec<UpstreamRecord> {
         })
     };
     names.iter().filter(|n| **n != job.stage.name).filter_map(record).collect()
-}
-
-/// The user's own files must be what the fingerprint says they were.
-fn unchanged_locals(planner: Planner<'_>, job: &Job<'_>) -> Result<(), StageError> {
-    for (name, input) in &job.stage.inputs {
-        let InputRef::Local(path) = &input.from else { continue };
-        let digest = planner.cache.digest_local(&planner.pipeline.dir.join(path))?;
-        if job.identity.inputs.get(name) != Some(&digest) {
-            let message = format!("{} changed while the stage ran", path.display());
-            return Err(StageError::input(message)
-                .help("nothing was published; run again once the file stays as it is"));
-        }
-    }
-    Ok(())
-}
-
-/// Folders of the user are not stored; their listings are, for explanations.
-fn keep_listings(planner: Planner<'_>, job: &Job<'_>) {
-    for input in job.stage.inputs.values() {
-        let InputRef::Local(path) = &input.from else { continue };
-        let path = planner.pipeline.dir.join(path);
-        if path.is_dir() {
-            planner.cache.keep_listing(&path);
-        }
-    }
 }
 
 fn store(

@@ -13,6 +13,7 @@ mod doctor;
 mod failures;
 #[cfg(feature = "remote")]
 mod http;
+mod inputs;
 mod outputs;
 mod processes;
 mod profiles;
