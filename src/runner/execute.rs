@@ -102,6 +102,7 @@ pub(super) fn execute(
         let why = "its source is not pinned in the lock file yet";
         return Ok(Made::Nowhere(why.to_owned()));
     }
+    possible(job.stage)?;
     let _slots = take_slots(job, sender, interrupts)?;
     let lost = inputs::lost(planner, job)?;
     if !lost.is_empty() {
@@ -388,14 +389,29 @@ pub(super) fn required(stage: &Stage, record: &Record) -> Result<(), StageError>
     Ok(())
 }
 
+/// Refuses at once what is known before the stage runs: of all that it requires only the version.
+fn possible(stage: &Stage) -> Result<(), StageError> {
+    let version = env!("CARGO_PKG_VERSION");
+    match stage.require.get("pipe") {
+        Some(wanted) if wanted != version => Err(StageError::new(
+            Fault::Environment,
+            format!("stage `{}` requires pipe = {wanted} and this is {version}", stage.name),
+        )
+        .help("it was not run; use that version, or drop the requirement")),
+        _ => Ok(()),
+    }
+}
+
 fn publish(planner: Planner<'_>, job: &Job<'_>, mut record: Record) -> Result<Made, StageError> {
     required(job.stage, &record)?;
     let cache = planner.cache;
     let kind = &job.stage.kind;
     let published = cache.record(kind, record.fingerprint)?;
-    let usable = published.as_ref().is_some_and(|p| cache.check(p).is_ok());
-    let mut supersede = published.is_some() && (!usable || job.forced);
+    let mut supersede = false;
     if let Some(published) = &published {
+        // One that this stage may not reuse would stay in the way of every run.
+        let reusable = cache.check(published).is_ok() && required(job.stage, published).is_ok();
+        supersede = job.forced || !reusable;
         let differing = differing_artifacts(published, &record);
         if !differing.is_empty() && !job.stage.signature.nondeterministic {
             record.warnings.push(format!(

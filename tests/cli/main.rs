@@ -20,6 +20,7 @@ mod profiles;
 mod programs;
 #[cfg(feature = "remote")]
 mod remote;
+mod requirements;
 mod schema;
 mod space;
 mod sweeps;
