@@ -70,6 +70,7 @@ fn publish(cache: &Cache, stage: &Stage, decided: Decided) -> Result<Record, Box
             class: spec.class,
             bytes: stored.bytes,
             file_name: spec.file_name.clone(),
+            exec: false,
         };
         record.outputs.insert(spec.name.clone(), output);
     }

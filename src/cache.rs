@@ -6,6 +6,7 @@
 mod collect;
 mod durable;
 mod folder;
+mod ingest;
 mod lease;
 mod materialise;
 mod object;
@@ -23,6 +24,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 use std::sync::atomic::AtomicBool;
 use std::time::SystemTime;
 
@@ -34,15 +36,16 @@ pub use lease::{Acquired, Lease};
 pub use object::{Stored, TreeEntry};
 pub use probe::Probe;
 pub use scratch::Scratch;
-pub use survey::{Damage, Held, Kept, Verified};
+pub use survey::{Damage, Held, Kept, Unreadable, Verified};
 
 pub(crate) use durable::{is_left_open, unique_name, unix_seconds};
 pub(crate) use lease::this_process;
+pub(crate) use object::Unsound;
 #[cfg(feature = "remote")]
 pub(crate) use transfer::{Batch, Partial};
 
 use crate::digest::Fingerprint;
-use crate::record::Record;
+use crate::record::{OutputRecord, Record};
 use stat_index::StatIndex;
 
 /// A cache folder.
@@ -54,6 +57,8 @@ pub struct Cache {
     listings: folder::Listings,
     /// The file system has shown that it cannot share blocks.
     no_reflinks: AtomicBool,
+    /// How files are made here, once one had to be.
+    ours: OnceLock<ingest::Ours>,
 }
 
 /// The cache cannot do what was asked.
@@ -72,9 +77,22 @@ pub enum CacheError {
     /// Something that cannot be stored.
     #[error("{0}")]
     Unfit(String),
+    /// A link in an output that cannot be stored.
+    #[error("the link `{name}` -> `{target}` {what}")]
+    Link {
+        /// Name below the output.
+        name: String,
+        /// What it says.
+        target: String,
+        /// Completes the sentence.
+        what: &'static str,
+    },
     /// A stored file that is not what it was.
     #[error("the cache is damaged: {0}")]
     Damaged(String),
+    /// A stored file that this user may not read.
+    #[error("{0}")]
+    Denied(String),
 }
 
 impl CacheError {
@@ -84,7 +102,24 @@ impl CacheError {
 
     /// What the user can do about it.
     pub fn help(&self) -> Option<String> {
-        let Self::Io { source, .. } = self else { return None };
+        let source = match self {
+            Self::Io { source, .. } => source,
+            Self::Link { .. } => {
+                return Some(
+                    "copy what it points to into the output (`cp -L`); what links of an output \
+                     to its own files and folders point to is stored by itself"
+                        .to_owned(),
+                );
+            }
+            Self::Denied(_) => {
+                return Some(
+                    "its owner can let others read it (`chmod a+r`), and with a umask like 022 or \
+                     002 what they make next can be read; `pipe run --force` makes it anew"
+                        .to_owned(),
+                );
+            }
+            Self::Unfit(_) | Self::Damaged(_) => return None,
+        };
         match source.kind() {
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
                 Some("free some space on that disk and run again".to_owned())
@@ -105,6 +140,17 @@ pub struct Fault {
     pub output: String,
     /// What is wrong, for people.
     pub what: String,
+    /// This user may not read it: no reason to make it anew.
+    pub denied: bool,
+}
+
+impl Fault {
+    /// The error where the output of a stage cannot be used and need not be made anew.
+    pub(crate) fn denial(&self, stage: &str) -> Option<CacheError> {
+        let Self { output, what, denied } = self;
+        let denial = || CacheError::Denied(format!("output `{output}` of stage `{stage}` {what}"));
+        denied.then(denial)
+    }
 }
 
 /// What a stage last ran as, for explanations.
@@ -132,6 +178,7 @@ impl Cache {
                 root,
                 listings: folder::Listings::default(),
                 no_reflinks: AtomicBool::new(false),
+                ours: OnceLock::new(),
             }),
         }
     }
@@ -186,42 +233,69 @@ impl Cache {
     /// The first [`Fault`].
     pub fn check(&self, record: &Record) -> Result<(), Fault> {
         for (name, output) in &record.outputs {
-            let fault = |what: String| Fault { output: name.clone(), what };
-            let object = output.digest.short();
-            match output.form {
-                OutputForm::File => self
-                    .verify(output.digest, Some(output.bytes))
-                    .map_err(|what| fault(format!("object {object} {what}")))?,
-                OutputForm::Tree => {
-                    let entries = self
-                        .tree(output.digest)
-                        .map_err(|what| fault(format!("listing {object} {what}")))?;
-                    for entry in entries {
-                        self.verify(entry.digest, Some(entry.bytes))
-                            .map_err(|what| fault(format!("file `{}` {what}", entry.path)))?;
-                    }
-                }
-            }
+            self.check_output(output).map_err(|unsound| Fault {
+                output: name.clone(),
+                what: unsound.to_string(),
+                denied: matches!(unsound, Unsound::Denied(_)),
+            })?;
         }
         Ok(())
     }
 
+    /// Checks every object of an output, likewise.
+    ///
+    /// # Errors
+    /// What is wrong with the first that cannot be used.
+    pub(crate) fn check_output(&self, output: &OutputRecord) -> Result<(), Unsound> {
+        let of = |what: &str, unsound: Unsound| match unsound {
+            Unsound::Damaged(how) => Unsound::Damaged(format!("{what} {how}")),
+            denied @ Unsound::Denied(_) => denied,
+        };
+        let object = output.digest.short();
+        if output.form == OutputForm::File {
+            return self
+                .inspect(output.digest, Some(output.bytes))
+                .map_err(|e| of(&format!("object {object}"), e));
+        }
+        let entries =
+            self.read_tree(output.digest).map_err(|e| of(&format!("listing {object}"), e))?;
+        entries.iter().try_for_each(|entry| {
+            self.inspect(entry.digest, Some(entry.bytes))
+                .map_err(|e| of(&format!("file `{}`", entry.path), e))
+        })
+    }
+
+    /// Whether every object of a record is whole.
+    ///
+    /// # Errors
+    /// [`CacheError::Denied`] where that cannot be told.
+    pub fn is_whole(&self, record: &Record) -> Result<bool, CacheError> {
+        match self.check(record) {
+            Ok(()) => Ok(true),
+            Err(fault) => fault.denial(&record.stage).map_or(Ok(false), Err),
+        }
+    }
+
     /// Moves the faulty objects of a record to the quarantine, so that a rerun can replace them.
     pub fn clear_faults(&self, record: &Record) {
+        record.outputs.values().for_each(|output| self.clear_output(output));
+    }
+
+    /// The same for one output.
+    pub(crate) fn clear_output(&self, output: &OutputRecord) {
         let clear = |digest, bytes| {
             let path = self.object_path(digest);
-            if path.exists() && self.verify(digest, bytes).is_err() {
+            let damaged = matches!(self.inspect(digest, bytes), Err(Unsound::Damaged(_)));
+            if damaged && path.exists() {
                 self.quarantine(&path);
             }
         };
-        for output in record.outputs.values() {
-            match output.form {
-                OutputForm::File => clear(output.digest, Some(output.bytes)),
-                OutputForm::Tree => match self.tree(output.digest) {
-                    Ok(entries) => entries.iter().for_each(|e| clear(e.digest, Some(e.bytes))),
-                    Err(_) => clear(output.digest, None),
-                },
-            }
+        match output.form {
+            OutputForm::File => clear(output.digest, Some(output.bytes)),
+            OutputForm::Tree => match self.read_tree(output.digest) {
+                Ok(entries) => entries.iter().for_each(|e| clear(e.digest, Some(e.bytes))),
+                Err(_) => clear(output.digest, None),
+            },
         }
     }
 
@@ -345,7 +419,7 @@ impl Drop for WorkDir {
 pub(crate) fn differing_artifacts(a: &Record, b: &Record) -> Vec<String> {
     let artifacts = |r: &Record| -> BTreeMap<String, crate::digest::Digest> {
         let artifacts = r.outputs.iter().filter(|(_, o)| o.class == OutputClass::Artifact);
-        artifacts.map(|(name, o)| (name.clone(), o.digest)).collect()
+        artifacts.map(|(name, o)| (name.clone(), o.identity())).collect()
     };
     let (a, b) = (artifacts(a), artifacts(b));
     let names = a.keys().chain(b.keys()).collect::<std::collections::BTreeSet<_>>();

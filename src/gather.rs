@@ -43,7 +43,7 @@ pub fn digest(gathered: &Gathered, records: &Records) -> Result<Digest, String> 
     let listed = entries(gathered, records)?;
     let listed = listed.iter().map(|entry| {
         let mut listed = entry.listed();
-        listed["digest"] = json!(entry.output.digest);
+        listed["digest"] = json!(entry.output.identity());
         listed["form"] = json!(entry.output.form);
         listed
     });

@@ -28,7 +28,7 @@ use crate::gather;
 use crate::graph::StageGraph;
 use crate::lockfile::Lockfile;
 use crate::pipeline::{InputRef, Pipeline, PipelineError, Problem, Stage};
-use crate::record::Record;
+use crate::record::{OutputRecord, Record};
 use crate::threads;
 
 /// A thread pays from this many stages on.
@@ -269,6 +269,9 @@ impl Planner<'_> {
             return Ok(Decision::Run { reasons });
         };
         if let Err(fault) = self.cache.check(&record) {
+            if let Some(denial) = fault.denial(&stage.name) {
+                return Err(denial.into());
+            }
             return run(Reason::Incomplete { output: fault.output, what: fault.what });
         }
         for (key, wanted) in &stage.require {
@@ -303,7 +306,7 @@ impl Planner<'_> {
             let InputRef::Output { stage: from, output } = &input.from else { continue };
             let made = records.get(from).and_then(|r| r.outputs.get(output));
             match made {
-                Some(output) => inputs.extend([(name.clone(), output.digest)]),
+                Some(output) => inputs.extend([(name.clone(), output.identity())]),
                 None => self.check_optional(stage, name, from, output)?,
             }
         }
@@ -415,7 +418,7 @@ impl Planner<'_> {
                 InputRef::Local(_) => continue,
                 InputRef::Gathered(gathered) => gather::digest(gathered, records).ok().or(old),
                 InputRef::Output { stage: from, output } => match records.get(from) {
-                    Some(record) => record.outputs.get(output).map(|o| o.digest),
+                    Some(record) => record.outputs.get(output).map(OutputRecord::identity),
                     None => old,
                 },
             };

@@ -51,6 +51,17 @@ pub struct OutputRecord {
     pub bytes: u64,
     /// Name under which it is copied out.
     pub file_name: String,
+    /// A file that may be executed. Absent in records of a `pipe` that did not keep this.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub exec: bool,
+}
+
+impl OutputRecord {
+    /// What it is to a stage that reads it: its digest, unless it is a file that may be executed,
+    /// which is another input than the same bytes that may not.
+    pub fn identity(&self) -> Digest {
+        if self.exec { Digest::of(format!("exec {}", self.digest).as_bytes()) } else { self.digest }
+    }
 }
 
 /// Before the checksum, which is the last line of a record's file.
@@ -93,5 +104,26 @@ impl Record {
             return Err("is not the record that its name says".to_owned());
         }
         Ok(record)
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn output_of_an_earlier_pipe_is_what_it_was() {
+        let digest = Digest::of(b"program");
+        let earlier = serde_json::json!({"digest": digest, "form": "file", "class": "artifact",
+            "bytes": 7, "file_name": "program"});
+        let mut output: OutputRecord = serde_json::from_value(earlier.clone()).unwrap();
+        assert!(!output.exec);
+        assert_eq!(output.identity(), digest);
+        assert_eq!(serde_json::to_value(&output).unwrap(), earlier);
+        output.exec = true;
+        assert_ne!(output.identity(), digest);
+        let read = serde_json::from_value(serde_json::to_value(&output).unwrap()).unwrap();
+        assert_eq!(output, read);
     }
 }

@@ -5,6 +5,7 @@
 
 mod critical_path;
 mod execute;
+mod inputs;
 mod shared;
 mod slots;
 
@@ -115,6 +116,7 @@ pub fn run(
         saved: 0.0,
         cut_off: 0,
         took: BTreeMap::new(),
+        again: BTreeSet::new(),
         interrupted_at: None,
         killed: false,
         offers: None,
@@ -181,6 +183,8 @@ struct Run<'a> {
     cut_off: usize,
     /// Seconds of the stages that ran.
     took: BTreeMap<String, f64>,
+    /// Stages that ran or run again because what they had made was lost.
+    again: BTreeSet<String>,
     interrupted_at: Option<Instant>,
     killed: bool,
     /// Takes what is to be uploaded.
@@ -416,6 +420,7 @@ impl<'a> Run<'a> {
                 (self.sink)(Event::StageNotFound { stage: name.to_owned(), why });
                 self.stopped.insert(name.to_owned(), name.to_owned());
             }
+            Ok(Made::Lost(makers)) => self.make_again(name, makers, log),
             Ok(Made::Here { record, unchanged }) => {
                 if let (Some(key), Some(value)) = (&stage.signature.lock_key, &record.lock) {
                     lock.set(key, value.clone())?;
@@ -448,6 +453,32 @@ impl<'a> Run<'a> {
             Err(error) => self.fail(name, error, log),
         }
         Ok(())
+    }
+
+    /// What a stage was to read is lost: its makers are decided on again, and then the stage is.
+    fn make_again(
+        &mut self,
+        name: &str,
+        makers: BTreeSet<String>,
+        log: Option<std::path::PathBuf>,
+    ) {
+        if let Some(maker) = makers.iter().find(|maker| self.again.contains(*maker)) {
+            let message = format!("what `{maker}` made was lost twice in this run");
+            let help = "something changes or removes objects of the cache; stop it and run again";
+            self.fail(name, StageError::input(message).help(help), log);
+            return;
+        }
+        for maker in &makers {
+            let Some(record) = self.records.remove(maker) else { continue };
+            if self.took.remove(maker).is_some() {
+                self.summary.ran -= 1;
+            } else {
+                self.summary.reused -= 1;
+                self.saved -= record.seconds;
+            }
+        }
+        self.open.splice(0..0, makers.iter().cloned().chain([name.to_owned()]));
+        self.again.extend(makers);
     }
 
     fn fail(&mut self, name: &str, error: StageError, log: Option<std::path::PathBuf>) {

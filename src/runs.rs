@@ -148,6 +148,14 @@ impl RunLog {
         }
         let known = &self.known;
         self.record.stages.sort_by_key(|s| known.get(&s.stage).map(|(i, _)| *i));
+        // What was lost and made again counts once, as it ended.
+        self.record.stages.dedup_by(|later, earlier| {
+            let same = later.stage == earlier.stage;
+            if same {
+                std::mem::swap(later, earlier);
+            }
+            same
+        });
         self.record.seconds = self.clock.elapsed().as_secs_f64();
         let did = self.record.stages.iter().any(|s| s.status != RunStatus::Reused);
         did.then_some(self.record)

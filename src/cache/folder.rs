@@ -12,7 +12,7 @@ use super::{Cache, CacheError, TreeEntry, durable};
 use crate::digest::Digest;
 
 /// Folders nested deeper than this are refused.
-const MAX_DEPTH: usize = 64;
+pub(super) const MAX_DEPTH: usize = 64;
 /// A thread pays from this many files on.
 const FILES_PER_THREAD: usize = 500;
 /// More threads than this only wait for the file system.
@@ -101,7 +101,7 @@ impl Cache {
 }
 
 /// Every regular file below a folder, sorted by name; links are followed.
-pub(super) fn files_below(root: &Path) -> Result<Vec<Found>, CacheError> {
+fn files_below(root: &Path) -> Result<Vec<Found>, CacheError> {
     let mut found = Vec::new();
     let mut open = vec![(String::new(), root.to_owned())];
     while let Some((prefix, dir)) = open.pop() {
@@ -115,12 +115,8 @@ pub(super) fn files_below(root: &Path) -> Result<Vec<Found>, CacheError> {
         for entry in fs::read_dir(&dir).map_err(io)? {
             let entry = entry.map_err(io)?;
             let path = entry.path();
-            let name = entry.file_name();
-            let Some(name) = name.to_str() else {
-                let shown = path.display();
-                return Err(CacheError::Unfit(format!("{shown} has a name that is not UTF-8")));
-            };
-            if durable::is_left_open(name) {
+            let name = utf8_name(&entry)?;
+            if durable::is_left_open(&name) {
                 continue;
             }
             let name = format!("{prefix}{name}");
@@ -138,4 +134,11 @@ pub(super) fn files_below(root: &Path) -> Result<Vec<Found>, CacheError> {
     }
     found.sort_unstable_by(|a, b| a.name.cmp(&b.name));
     Ok(found)
+}
+
+/// The name of an entry, which must be text.
+pub(super) fn utf8_name(entry: &fs::DirEntry) -> Result<String, CacheError> {
+    entry.file_name().into_string().map_err(|_| {
+        CacheError::Unfit(format!("{} has a name that is not UTF-8", entry.path().display()))
+    })
 }

@@ -84,11 +84,11 @@ impl Cache {
                 .map_err(|e| CacheError::io("make", to, e))
         };
         match output.form {
-            OutputForm::File => one(output.digest, to, false),
+            OutputForm::File => one(output.digest, to, output.exec),
             OutputForm::Tree => {
-                let entries = self.tree(output.digest).map_err(|what| {
-                    CacheError::Damaged(format!("object {} {what}", output.digest.short()))
-                })?;
+                let object = output.digest.short();
+                let entries =
+                    self.read_tree(output.digest).map_err(|e| e.of(&format!("object {object}")))?;
                 fs::create_dir_all(to).map_err(|e| CacheError::io("make", to, e))?;
                 entries.iter().try_for_each(|e| one(e.digest, &to.join(&e.path), e.exec))
             }

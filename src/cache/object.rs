@@ -2,19 +2,13 @@
 
 use std::fs::{self, File, Metadata};
 use std::io::{self, Read};
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use contract::OutputForm;
 use serde::{Deserialize, Serialize};
 
-use super::folder::{Found, files_below};
 use super::{Cache, CacheError, durable};
 use crate::digest::Digest;
-
-/// Files from this size on are flushed while they are hashed: one keeps the disk busy, the other
-/// a core.
-const OVERLAP_BYTES: u64 = 4 << 20;
 
 /// One file of a tree. The canonical listing is the JSON of these, sorted by path; empty folders
 /// are not kept.
@@ -39,6 +33,43 @@ pub struct Stored {
     pub digest: Digest,
     /// Bytes of content.
     pub bytes: u64,
+    /// It is one file, which may be executed.
+    pub exec: bool,
+}
+
+/// Why an object cannot be used.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum Unsound {
+    /// It is not what it was, and can be made anew.
+    #[error("{0}")]
+    Damaged(String),
+    /// This user may not read it, which says nothing about what it holds.
+    #[error("cannot be read: {0}")]
+    Denied(String),
+}
+
+impl Unsound {
+    /// The error of who needs the object that is called `name`.
+    pub(crate) fn of(self, name: &str) -> CacheError {
+        let what = format!("{name} {self}");
+        match self {
+            Self::Damaged(_) => CacheError::Damaged(what),
+            Self::Denied(_) => CacheError::Denied(what),
+        }
+    }
+
+    pub(super) fn unreadable(path: &Path, error: &io::Error) -> Self {
+        if error.kind() != io::ErrorKind::PermissionDenied {
+            return Self::Damaged(format!("cannot be read: {error}"));
+        }
+        let about = |path: &Path| Some((path.to_owned(), fs::metadata(path).ok()?));
+        // Where the file itself cannot be looked at, its folder is what keeps us out.
+        let Some((path, meta)) = path.ancestors().find_map(about) else {
+            return Self::Denied(error.to_string());
+        };
+        let (mode, user) = (meta.mode() & 0o7777, meta.uid());
+        Self::Denied(format!("{} has mode {mode:04o} and belongs to user {user}", path.display()))
+    }
 }
 
 impl Cache {
@@ -46,62 +77,6 @@ impl Cache {
     pub(crate) fn object_path(&self, digest: Digest) -> PathBuf {
         let hex = digest.to_hex();
         self.root.join("objects-v1").join(&hex[..2]).join(&hex[2..])
-    }
-
-    /// Moves a file or folder, which must be in this cache's own working area, into the objects.
-    ///
-    /// # Errors
-    /// [`CacheError`] when the disk refuses, or the folder holds what cannot be kept (links,
-    /// sockets, names that are not UTF-8). Objects stored until then stay, unreferenced.
-    pub fn ingest(&self, path: &Path, form: OutputForm) -> Result<Stored, CacheError> {
-        match form {
-            OutputForm::File => self.ingest_file(path),
-            OutputForm::Tree => {
-                let mut entries = Vec::new();
-                for Found { name, path } in files_below(path)? {
-                    let meta = metadata(&path)?;
-                    let Stored { digest, bytes } = self.ingest_file(&path)?;
-                    let exec = meta.mode() & 0o100 != 0;
-                    entries.push(TreeEntry { path: name, exec, bytes, digest });
-                }
-                let listing = listing(&entries);
-                let digest = Digest::of(&listing);
-                let tmp = self.tmp_dir();
-                let staged = durable::stage_bytes(&tmp, &listing)
-                    .and_then(|staged| protect(&staged).map(|()| staged))
-                    .map_err(|e| CacheError::io("write to", &tmp, e))?;
-                self.install(&staged, digest)?;
-                Ok(Stored { digest, bytes: entries.iter().map(|e| e.bytes).sum() })
-            }
-        }
-    }
-
-    fn ingest_file(&self, path: &Path) -> Result<Stored, CacheError> {
-        let io = |doing| move |e| CacheError::io(doing, path, e);
-        let meta = metadata(path)?;
-        if !meta.is_file() {
-            return Err(CacheError::Unfit(format!("{} is not a regular file", path.display())));
-        }
-        let file = File::open(path).map_err(io("open"))?;
-        let digest = if meta.len() < OVERLAP_BYTES {
-            let digest = hash(&file).map_err(io("read"))?;
-            file.sync_all().map_err(io("flush"))?;
-            digest
-        } else {
-            std::thread::scope(|scope| {
-                let flushed = scope.spawn(|| file.sync_all());
-                let digest = hash(&file).map_err(io("read"));
-                let panicked = |_| Err(io::Error::other("the flush did not end"));
-                flushed.join().unwrap_or_else(panicked).map_err(io("flush"))?;
-                digest
-            })?
-        };
-        // A file with other names is not ours alone, and its mode is not ours to change.
-        if meta.nlink() == 1 {
-            protect(path).map_err(io("protect"))?;
-        }
-        self.install(path, digest)?;
-        Ok(Stored { digest, bytes: meta.len() })
     }
 
     /// Gives a synced file its place, durably, unless a sound object is there already.
@@ -120,9 +95,19 @@ impl Cache {
         let io = |e| CacheError::io("store", &target, e);
         durable::create_parent(&target).map_err(io)?;
         let mut placed = durable::rename_exclusive(staged, &target).map_err(io)?;
-        if !placed && self.verify(digest, None).is_err() {
-            self.quarantine(&target);
-            placed = durable::rename_exclusive(staged, &target).map_err(io)?;
+        if !placed {
+            match self.inspect(digest, None) {
+                Ok(()) => {}
+                Err(Unsound::Damaged(_)) => {
+                    self.quarantine(&target);
+                    placed = durable::rename_exclusive(staged, &target).map_err(io)?;
+                }
+                // Its equal, which can be read, takes its place.
+                Err(Unsound::Denied(_)) => {
+                    durable::rename(staged, &target).map_err(io)?;
+                    placed = true;
+                }
+            }
         }
         if !placed {
             // An object that is stored again gets the age of a new one: its record is yet to come.
@@ -139,23 +124,34 @@ impl Cache {
         Ok(())
     }
 
-    /// Checks that an object is there and holds what its name says; memoised.
+    /// [`Cache::inspect`], for who only wants to know whether an object has to be fetched.
     ///
     /// # Errors
     /// What is wrong, for people.
+    #[cfg_attr(not(feature = "remote"), allow(dead_code, reason = "only remotes fetch objects"))]
     pub(crate) fn verify(&self, digest: Digest, bytes: Option<u64>) -> Result<(), String> {
+        self.inspect(digest, bytes).map_err(|e| e.to_string())
+    }
+
+    /// Checks that an object is there and holds what its name says. One whose size, modification
+    /// time and inode are those of the last time is not read again.
+    ///
+    /// # Errors
+    /// What is wrong.
+    pub(super) fn inspect(&self, digest: Digest, bytes: Option<u64>) -> Result<(), Unsound> {
         let path = self.object_path(digest);
+        let damaged = |what: String| Err(Unsound::Damaged(what));
         let found = fs::metadata(&path).or_else(|_| {
             durable::look_again(path.parent().unwrap_or(&self.root));
             fs::metadata(&path)
         });
         let meta = match found {
             Ok(meta) => meta,
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Err("is missing".to_owned()),
-            Err(e) => return Err(format!("cannot be read: {e}")),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return damaged("is missing".into()),
+            Err(e) => return Err(Unsound::unreadable(&path, &e)),
         };
         if let Some(bytes) = bytes.filter(|b| *b != meta.len()) {
-            return Err(format!("has {} bytes instead of {bytes}", meta.len()));
+            return damaged(format!("has {} bytes instead of {bytes}", meta.len()));
         }
         if self.index.lookup(&path, &meta, true) == Some(digest) {
             return Ok(());
@@ -165,8 +161,8 @@ impl Cache {
                 self.index.remember(&path, &meta, digest, true);
                 Ok(())
             }
-            Ok(_) => Err("holds other bytes than its digest says".to_owned()),
-            Err(e) => Err(format!("cannot be read: {e}")),
+            Ok(_) => damaged("holds other bytes than its digest says".to_owned()),
+            Err(e) => Err(Unsound::unreadable(&path, &e)),
         }
     }
 
@@ -175,14 +171,23 @@ impl Cache {
     /// # Errors
     /// What is wrong with the listing, for people.
     pub(crate) fn tree(&self, digest: Digest) -> Result<Vec<TreeEntry>, String> {
-        self.verify(digest, None)?;
+        self.read_tree(digest).map_err(|e| e.to_string())
+    }
+
+    /// The same.
+    ///
+    /// # Errors
+    /// What is wrong with the listing.
+    pub(super) fn read_tree(&self, digest: Digest) -> Result<Vec<TreeEntry>, Unsound> {
+        self.inspect(digest, None)?;
         let path = self.object_path(digest);
-        let text = durable::read(&path).map_err(|e| format!("cannot be read: {e}"))?;
+        let text = durable::read(&path).map_err(|e| Unsound::unreadable(&path, &e))?;
+        let damaged = |what: String| Unsound::Damaged(what);
         let entries: Vec<TreeEntry> =
-            serde_json::from_slice(&text).map_err(|e| format!("is no listing: {e}"))?;
+            serde_json::from_slice(&text).map_err(|e| damaged(format!("is no listing: {e}")))?;
         let safe = |p: &str| p.split('/').all(|s| !s.is_empty() && s != "." && s != "..");
         match entries.iter().find(|e| !safe(&e.path)) {
-            Some(entry) => Err(format!("lists the path `{}`", entry.path)),
+            Some(entry) => Err(damaged(format!("lists the path `{}`", entry.path))),
             None => Ok(entries),
         }
     }
@@ -210,12 +215,6 @@ impl Cache {
             tracing::warn!(path = %path.display(), "moved a damaged file to the quarantine");
         }
     }
-}
-
-/// Takes away the right to write, and leaves who may read as the umask had it.
-fn protect(path: &Path) -> io::Result<()> {
-    let readable = fs::metadata(path)?.permissions().mode() & 0o444;
-    fs::set_permissions(path, fs::Permissions::from_mode(readable))
 }
 
 pub(super) fn metadata(path: &Path) -> Result<Metadata, CacheError> {

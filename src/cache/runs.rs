@@ -52,8 +52,7 @@ impl Cache {
         if output.bytes > limit {
             return Err(CacheError::Unfit(format!("{name} is too large ({} bytes)", output.bytes)));
         }
-        self.verify(output.digest, Some(output.bytes))
-            .map_err(|what| CacheError::Damaged(format!("{name} {what}")))?;
+        self.inspect(output.digest, Some(output.bytes)).map_err(|e| e.of(name))?;
         let path = self.object_path(output.digest);
         fs::read(&path).map_err(|e| CacheError::io("read", &path, e))
     }

@@ -10,7 +10,7 @@ use std::time::SystemTime;
 use contract::OutputForm;
 use serde::Serialize;
 
-use super::object::hash;
+use super::object::{Unsound, hash};
 use super::{Cache, CacheError, durable};
 use crate::digest::{Digest, Fingerprint};
 use crate::record::Record;
@@ -61,6 +61,17 @@ pub struct Verified {
     pub bytes: u64,
     /// What is wrong.
     pub damage: Vec<Damage>,
+    /// What this user may not read.
+    pub unreadable: Vec<Unreadable>,
+}
+
+/// Something in a cache that nothing can be said about.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Unreadable {
+    /// File, below the cache.
+    pub file: String,
+    /// What keeps this user out.
+    pub what: String,
 }
 
 /// Files below a folder that are `depth` levels down; a folder that is not there has none.
@@ -152,7 +163,7 @@ impl Cache {
 
     /// Reads every record and object and says what is not what its name says. With `repair` damaged
     /// files, and records that lack an object, are moved to the quarantine, so that the next run
-    /// makes them anew. Calls `progress` with bytes done and all bytes.
+    /// makes them anew; what cannot be read stays. Calls `progress` with bytes done and all bytes.
     ///
     /// # Errors
     /// [`CacheError`] where a folder cannot be listed.
@@ -164,34 +175,53 @@ impl Cache {
         let (kept, held) = (self.kept()?, self.held()?);
         let mut verified =
             Verified { records: kept.len(), objects: held.len(), ..Verified::default() };
-        let mut report = |path: &Path, what: String| {
-            if repair {
-                self.quarantine(path);
+        let below =
+            |path: &Path| path.strip_prefix(&self.root).unwrap_or(path).display().to_string();
+        let mut report = |path: &Path, unsound: Unsound| match unsound {
+            Unsound::Damaged(what) => {
+                if repair {
+                    self.quarantine(path);
+                }
+                let quarantined = repair && !path.exists();
+                verified.damage.push(Damage { file: below(path), what, quarantined });
             }
-            let file = path.strip_prefix(&self.root).unwrap_or(path).display().to_string();
-            verified.damage.push(Damage { file, what, quarantined: repair && !path.exists() });
+            denied @ Unsound::Denied(_) => {
+                let what = denied.to_string();
+                verified.unreadable.push(Unreadable { file: below(path), what });
+            }
         };
         let total = held.iter().map(|o| o.bytes).sum();
+        // What may be sound counts as such.
         let (mut sound, mut done) = (BTreeMap::new(), 0);
         for object in &held {
-            match wrong_with(object) {
-                Some(what) => report(&object.path, what),
-                None => sound.extend(object.digest.map(|digest| (digest, object.bytes))),
+            let found = wrong_with(object);
+            if !matches!(found, Err(Unsound::Damaged(_))) {
+                sound.extend(object.digest.map(|digest| (digest, object.bytes)));
+            }
+            if let Err(unsound) = found {
+                report(&object.path, unsound);
             }
             done += object.bytes;
             progress(done, total);
         }
         for kept in &kept {
-            let what = match &kept.record {
-                Err(what) => Some(what.clone()),
-                Ok(record) => self.lacks(record, &sound),
-            };
-            if let Some(what) = what {
-                report(&kept.path, what);
+            if let Some(unsound) = self.wrong_with_record(kept, &sound) {
+                report(&kept.path, unsound);
             }
         }
         verified.bytes = total;
         Ok(verified)
+    }
+
+    fn wrong_with_record(&self, kept: &Kept, sound: &BTreeMap<Digest, u64>) -> Option<Unsound> {
+        let what = match &kept.record {
+            Ok(record) => return self.lacks(record, sound).map(Unsound::Damaged),
+            Err(what) => what.clone(),
+        };
+        Some(match File::open(&kept.path) {
+            Err(e) => Unsound::unreadable(&kept.path, &e),
+            Ok(_) => Unsound::Damaged(what),
+        })
     }
 
     /// What of a record is not among the sound objects.
@@ -261,13 +291,14 @@ fn sound_record(path: &Path) -> Result<Record, String> {
     Ok(record)
 }
 
-fn wrong_with(object: &Held) -> Option<String> {
+fn wrong_with(object: &Held) -> Result<(), Unsound> {
+    let damaged = |what: &str| Err(Unsound::Damaged(what.to_owned()));
     let Some(digest) = object.digest else {
-        return Some("is no name of an object".to_owned());
+        return damaged("is no name of an object");
     };
     match File::open(&object.path).and_then(|f| hash(&f)) {
-        Ok(found) if found == digest => None,
-        Ok(_) => Some("holds other bytes than its digest says".to_owned()),
-        Err(e) => Some(format!("cannot be read: {e}")),
+        Ok(found) if found == digest => Ok(()),
+        Ok(_) => damaged("holds other bytes than its digest says"),
+        Err(e) => Err(Unsound::unreadable(&object.path, &e)),
     }
 }

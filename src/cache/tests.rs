@@ -36,6 +36,7 @@ fn record(cache: &Cache, text: &str) -> Record {
         class: OutputClass::Artifact,
         bytes: stored.bytes,
         file_name: "out.txt".into(),
+        exec: false,
     };
     Record {
         fingerprint: identity.fingerprint(),
@@ -128,6 +129,7 @@ fn tree_comes_back_with_names_and_exec_bits() {
         class: OutputClass::Artifact,
         bytes: stored.bytes,
         file_name: "tree".into(),
+        exec: false,
     };
     let to = dir.path().join("out");
     cache.materialise(&output, &to.join("read")).unwrap();

@@ -98,7 +98,7 @@ fn verify(cache: &Cache, repair: bool, say: &Say<'_>) -> Result<u8, CommandError
             display::note(&format!("{} of {} read", size(done), size(total)));
         }
     })?;
-    let Verified { records, objects, bytes, damage } = &found;
+    let Verified { records, objects, bytes, damage, unreadable } = &found;
     let mut lines: Vec<String> = damage
         .iter()
         .map(|d| {
@@ -106,18 +106,27 @@ fn verify(cache: &Cache, repair: bool, say: &Say<'_>) -> Result<u8, CommandError
             format!("{}: {}{moved}", d.file, d.what)
         })
         .collect();
+    lines.extend(unreadable.iter().map(|u| format!("{}: {}", u.file, u.what)));
+    if !unreadable.is_empty() {
+        lines.push(format!(
+            "{} cannot be read by this user and may be sound: their owners can let others read \
+             them (`chmod a+r`)",
+            unreadable.len()
+        ));
+    }
     lines.push(format!(
         "{records} records, {objects} objects, {} read: {}",
         size(*bytes),
         match (damage.len(), repair) {
-            (0, _) => "all sound".to_owned(),
+            (0, _) if unreadable.is_empty() => "all sound".to_owned(),
+            (0, _) => "the rest is sound".to_owned(),
             (n, false) => format!("{n} damaged; `pipe cache repair` moves them out of the way"),
             (n, true) => format!("{n} damaged; the next run makes them anew"),
         }
     ));
     say(&lines.join("\n"), json!(found));
     let repaired = damage.iter().all(|d| d.quarantined);
-    Ok(if repaired { exit_code::OK } else { exit_code::CACHE })
+    Ok(if repaired && unreadable.is_empty() { exit_code::OK } else { exit_code::CACHE })
 }
 
 /// A record, for people.

@@ -38,6 +38,12 @@ impl Records {
         }
     }
 
+    /// Forgets the record of a stage, which is made again.
+    pub(crate) fn remove(&mut self, stage: &str) -> Option<Arc<Record>> {
+        self.gathered = Mutex::default();
+        self.by_stage.remove(stage)
+    }
+
     /// What the stages ran as.
     pub(crate) fn fingerprints(&self) -> BTreeMap<String, Fingerprint> {
         self.by_stage.iter().map(|(name, record)| (name.clone(), record.fingerprint)).collect()

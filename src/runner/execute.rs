@@ -1,6 +1,6 @@
 //! One execution of one stage: lease, inputs, process, outputs, record.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use contract::{Fault, Outcome, OutputForm, PROTOCOL, Request, StageError, UpstreamRecord};
 
-use super::{Message, shared, slots};
+use super::{Message, inputs, shared, slots};
 use crate::cache::{
     Acquired, CacheError, Lease, Scratch, WorkDir, differing_artifacts, is_left_open, unix_seconds,
 };
@@ -47,6 +47,8 @@ pub(super) enum Made {
     Fetched(Arc<Record>),
     /// Nowhere: the remote has none, and nothing is to be run.
     Nowhere(String),
+    /// Nowhere: what these stages made is not in the cache any more, and it is an input.
+    Lost(BTreeSet<String>),
     /// This execution made them.
     Here {
         record: Arc<Record>,
@@ -58,7 +60,7 @@ pub(super) enum Made {
 impl From<CacheError> for StageError {
     fn from(error: CacheError) -> Self {
         let fault = match &error {
-            CacheError::Unfit(_) => Fault::Internal,
+            CacheError::Unfit(_) | CacheError::Link { .. } => Fault::Internal,
             _ => Fault::Io,
         };
         let help = error.help();
@@ -79,7 +81,7 @@ pub(super) fn execute(
     if let Some(found) = &found {
         if !job.forced
             && settled
-            && planner.cache.check(found).is_ok()
+            && planner.cache.is_whole(found)?
             && required(job.stage, found).is_ok()
         {
             return Ok(Made::ByOther(Arc::new(found.clone())));
@@ -100,8 +102,13 @@ pub(super) fn execute(
         let why = "its source is not pinned in the lock file yet";
         return Ok(Made::Nowhere(why.to_owned()));
     }
+    possible(job.stage)?;
     let held = take_slots(job, sender, interrupts)?;
     let gpus = visible_gpus(job, &held);
+    let lost = inputs::lost(planner, job)?;
+    if !lost.is_empty() {
+        return Ok(Made::Lost(lost));
+    }
     let scratch = planner.cache.scratch(fingerprint)?;
     let result = attempt(planner, job, sender, &scratch, gpus.as_deref());
     match &result {
@@ -223,8 +230,8 @@ fn attempt(
     })?;
     let seconds = clock.elapsed().as_secs_f64();
 
-    unchanged_locals(planner, job)?;
-    keep_listings(planner, job);
+    inputs::check_unchanged(planner, job)?;
+    inputs::keep_listings(planner, job);
     let outputs = store(planner, job, &request, &work)?;
     let mut identity = job.identity.clone();
     if job.stage.signature.lock_key.is_some() {
@@ -319,31 +326,6 @@ fn upstream(planner: Planner<'_>, job: &Job<'_>) -> Vec<UpstreamRecord> {
     names.iter().filter(|n| **n != job.stage.name).filter_map(record).collect()
 }
 
-/// The user's own files must be what the fingerprint says they were.
-fn unchanged_locals(planner: Planner<'_>, job: &Job<'_>) -> Result<(), StageError> {
-    for (name, input) in &job.stage.inputs {
-        let InputRef::Local(path) = &input.from else { continue };
-        let digest = planner.cache.digest_local(&planner.pipeline.dir.join(path))?;
-        if job.identity.inputs.get(name) != Some(&digest) {
-            let message = format!("{} changed while the stage ran", path.display());
-            return Err(StageError::input(message)
-                .help("nothing was published; run again once the file stays as it is"));
-        }
-    }
-    Ok(())
-}
-
-/// Folders of the user are not stored; their listings are, for explanations.
-fn keep_listings(planner: Planner<'_>, job: &Job<'_>) {
-    for input in job.stage.inputs.values() {
-        let InputRef::Local(path) = &input.from else { continue };
-        let path = planner.pipeline.dir.join(path);
-        if path.is_dir() {
-            planner.cache.keep_listing(&path);
-        }
-    }
-}
-
 fn store(
     planner: Planner<'_>,
     job: &Job<'_>,
@@ -366,19 +348,26 @@ fn store(
             OutputForm::File => meta.is_file(),
             OutputForm::Tree => meta.is_dir(),
         };
-        if !fits {
+        // Of a link more can be said than that it is neither.
+        if !fits && !meta.is_symlink() {
             return defect(format!(
                 "made its output `{}` in another form than declared",
                 spec.name
             ));
         }
-        let kept = planner.cache.ingest(path, spec.form)?;
+        let kept = planner.cache.ingest(path, spec.form).map_err(|error| {
+            let mut error = StageError::from(error);
+            error.message =
+                format!("output `{}` of stage `{}`: {}", spec.name, job.stage.name, error.message);
+            error
+        })?;
         let output = OutputRecord {
             digest: kept.digest,
             form: spec.form,
             class: spec.class,
             bytes: kept.bytes,
             file_name: spec.file_name.clone(),
+            exec: kept.exec,
         };
         stored.insert(spec.name.clone(), output);
     }
@@ -413,14 +402,29 @@ pub(super) fn required(stage: &Stage, record: &Record) -> Result<(), StageError>
     Ok(())
 }
 
+/// Refuses at once what is known before the stage runs: of all that it requires only the version.
+fn possible(stage: &Stage) -> Result<(), StageError> {
+    let version = env!("CARGO_PKG_VERSION");
+    match stage.require.get("pipe") {
+        Some(wanted) if wanted != version => Err(StageError::new(
+            Fault::Environment,
+            format!("stage `{}` requires pipe = {wanted} and this is {version}", stage.name),
+        )
+        .help("it was not run; use that version, or drop the requirement")),
+        _ => Ok(()),
+    }
+}
+
 fn publish(planner: Planner<'_>, job: &Job<'_>, mut record: Record) -> Result<Made, StageError> {
     required(job.stage, &record)?;
     let cache = planner.cache;
     let kind = &job.stage.kind;
     let published = cache.record(kind, record.fingerprint)?;
-    let usable = published.as_ref().is_some_and(|p| cache.check(p).is_ok());
-    let mut supersede = published.is_some() && (!usable || job.forced);
+    let mut supersede = false;
     if let Some(published) = &published {
+        // One that this stage may not reuse would stay in the way of every run.
+        let reusable = cache.check(published).is_ok() && required(job.stage, published).is_ok();
+        supersede = job.forced || !reusable;
         let differing = differing_artifacts(published, &record);
         if !differing.is_empty() && !job.stage.signature.nondeterministic {
             record.warnings.push(format!(

@@ -71,11 +71,10 @@ pub(super) fn fetch(
     let progress = told(sender, stage, "fetched");
     let watch = Watch { progress: &progress, interrupts };
     let fetched = remote.fetch(planner.cache, &record, watch).and_then(|bytes| {
-        let usable = planner
-            .cache
-            .record(&job.stage.kind, fingerprint)?
-            .is_some_and(|found| planner.cache.check(&found).is_ok());
-        planner.cache.publish(&record, !usable)?;
+        let reusable = planner.cache.record(&job.stage.kind, fingerprint)?.is_some_and(|found| {
+            planner.cache.check(&found).is_ok() && required(job.stage, &found).is_ok()
+        });
+        planner.cache.publish(&record, !reusable)?;
         Ok(bytes)
     });
     match fetched {

@@ -95,6 +95,29 @@ fn every_damaged_object_is_noticed_and_made_anew_in_the_same_run() {
 }
 
 #[test]
+fn damage_that_keeps_size_and_time_is_found_by_verify() {
+    let space = Space::new(MIXED);
+    space.pipe(&["run"]).code(0);
+    for object in files(&space.cache().join("objects-v1"), 2) {
+        let mut content = fs::read(&object).unwrap();
+        if content.is_empty() || !is_used(&space, &object) {
+            continue;
+        }
+        let time = fs::metadata(&object).unwrap().modified().unwrap();
+        let middle = content.len() / 2;
+        content[middle] ^= 16;
+        spoil(&object, Some(&content));
+        fs::File::options().write(true).open(&object).unwrap().set_modified(time).unwrap();
+        let found = space.pipe(&["cache", "verify"]).code(5).out;
+        assert!(found.contains("holds other bytes than its digest says"), "{found}");
+        space.pipe(&["cache", "repair"]).code(0);
+        space.pipe(&["plan", "--check"]).code(6);
+        space.pipe(&["run"]).code(0);
+        assert!(space.pipe(&["cache", "verify"]).code(0).out.contains("all sound"));
+    }
+}
+
+#[test]
 fn every_damaged_record_is_noticed_and_made_anew_in_the_same_run() {
     let space = Space::new(MIXED);
     space.pipe(&["run"]).code(0);

@@ -17,7 +17,9 @@ mod full_disk;
 mod gpus;
 #[cfg(feature = "remote")]
 mod http;
+mod inputs;
 mod logging;
+mod outputs;
 #[cfg(feature = "stages")]
 mod plannable;
 mod processes;
@@ -27,6 +29,7 @@ mod programs;
 mod quickstart;
 #[cfg(feature = "remote")]
 mod remote;
+mod requirements;
 mod schema;
 mod space;
 mod sweeps;
