@@ -3,6 +3,7 @@
 //! The only module that touches a cache folder. Publishing is correct without any lock: objects
 //! are synced and renamed into place first, the record last, and neither is ever changed.
 
+mod access;
 mod collect;
 mod durable;
 mod folder;
@@ -29,6 +30,7 @@ use std::time::SystemTime;
 use contract::{OutputClass, OutputForm};
 use serde::{Deserialize, Serialize};
 
+pub use access::Closed;
 pub use collect::{Collected, DEFAULT_CAP, GRACE, GcOptions};
 pub use lease::{Acquired, Lease};
 pub use object::{Stored, TreeEntry};
@@ -84,10 +86,17 @@ impl CacheError {
 
     /// What the user can do about it.
     pub fn help(&self) -> Option<String> {
-        let Self::Io { source, .. } = self else { return None };
+        let Self::Io { source, path, .. } = self else { return None };
         match source.kind() {
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
                 Some("free some space on that disk and run again".to_owned())
+            }
+            io::ErrorKind::PermissionDenied if let Some((at, what)) = access::closed(path) => {
+                Some(format!(
+                    "{} is {what}: its owner can {}; `pipe doctor` lists what is closed",
+                    at.display(),
+                    access::SHARING
+                ))
             }
             io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => Some(
                 "a cache that cannot be written can only be read: `--cache DIR` names another"
@@ -149,7 +158,8 @@ impl Cache {
         self.root.join("records-v1").join(kind).join(format!("{fingerprint}.json"))
     }
 
-    /// The record of a fingerprint. A damaged one counts as absent.
+    /// The record of a fingerprint. A damaged one counts as absent, and so does one that this user
+    /// may not read: `Cache::unreadable` says whose it is.
     ///
     /// # Errors
     /// [`CacheError`] where the file system refuses.
@@ -162,6 +172,7 @@ impl Cache {
         let text = match durable::read(&path) {
             Ok(text) => text,
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(e) if e.kind() == io::ErrorKind::PermissionDenied => return Ok(None),
             Err(e) => return Err(CacheError::io("read", &path, e)),
         };
         Ok(Record::from_text(&text).ok().filter(|r| r.fingerprint == fingerprint))
@@ -170,13 +181,21 @@ impl Cache {
     /// The same, as it is on the server of a network file system now.
     ///
     /// # Errors
-    /// [`CacheError`] where the file system refuses.
+    /// [`CacheError`] where the file system refuses, also to look into the folder: nothing could be
+    /// published there after hours of work.
     pub fn record_now(
         &self,
         kind: &str,
         fingerprint: Fingerprint,
     ) -> Result<Option<Record>, CacheError> {
-        durable::look_again(&self.root.join("records-v1").join(kind));
+        let folder = self.root.join("records-v1").join(kind);
+        durable::look_again(&folder);
+        match fs::metadata(folder.join("none")) {
+            Err(e) if e.kind() == io::ErrorKind::PermissionDenied => {
+                return Err(CacheError::io("look into", &folder, e));
+            }
+            _ => {}
+        }
         self.record(kind, fingerprint)
     }
 
@@ -291,6 +310,7 @@ impl Cache {
         durable::create_parent(&path)
             .and_then(|()| fs::File::options().append(true).create(true).open(&path))
             .map_err(|e| CacheError::io("create", &path, e))?;
+        durable::share(&path, 0o060);
         Ok(path)
     }
 

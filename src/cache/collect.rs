@@ -50,6 +50,9 @@ pub struct Collected {
     pub bytes: u64,
     /// Bytes of the objects that are left.
     pub bytes_left: u64,
+    /// Records that this user may not read. What they need is not known, so that no object goes
+    /// while there are any.
+    pub closed: usize,
 }
 
 fn age(time: SystemTime) -> Duration {
@@ -177,7 +180,7 @@ impl Cache {
             }
         }
         let (mut gone, mut folders) = (BTreeSet::new(), BTreeSet::new());
-        for Kept { path, used, record } in &kept {
+        for Kept { path, used, record, .. } in &kept {
             let Ok(record) = record else { continue };
             let fingerprint = record.fingerprint;
             let old = options.older_than.is_some_and(|limit| age(*used) > limit);
@@ -231,13 +234,14 @@ impl Cache {
             match kept.record {
                 Ok(record) if gone.contains(&record.fingerprint) => {}
                 Ok(record) => needed.extend(self.needed(&record).into_keys()),
+                Err(_) if kept.closed => collected.closed += 1,
                 // What a damaged record needs is not known.
                 Err(_) => {}
             }
         }
         for object in self.held()? {
             let unneeded = object.digest.is_none_or(|digest| !needed.contains(&digest));
-            if !unneeded || age(object.stored) < GRACE {
+            if !unneeded || collected.closed > 0 || age(object.stored) < GRACE {
                 collected.bytes_left += object.bytes;
                 continue;
             }

@@ -11,7 +11,7 @@ use contract::OutputForm;
 use serde::Serialize;
 
 use super::object::hash;
-use super::{Cache, CacheError, durable};
+use super::{Cache, CacheError, access, durable};
 use crate::digest::{Digest, Fingerprint};
 use crate::record::Record;
 
@@ -24,6 +24,8 @@ pub struct Kept {
     pub used: SystemTime,
     /// What it says, or what is wrong with it.
     pub record: Result<Record, String>,
+    /// Nothing is known to be wrong with it: this user may not read it.
+    pub closed: bool,
 }
 
 /// An object file as it lies there.
@@ -61,6 +63,8 @@ pub struct Verified {
     pub bytes: u64,
     /// What is wrong.
     pub damage: Vec<Damage>,
+    /// Records that this user may not read, with whose they are; nothing is known to be wrong.
+    pub closed: Vec<Damage>,
 }
 
 /// Files below a folder that are `depth` levels down; a folder that is not there has none.
@@ -112,8 +116,11 @@ impl Cache {
         let kept = |path: PathBuf| {
             // Gone since it was listed.
             let used = fs::metadata(&path).and_then(|m| m.modified()).ok()?;
-            let record = sound_record(&path);
-            Some(Kept { path, used, record })
+            let read = sound_record(&path);
+            let closed = if read.is_err() { access::closed(&path) } else { None };
+            let is_closed = closed.is_some();
+            let record = closed.map_or(read, |(_, what)| Err(format!("is {what}")));
+            Some(Kept { path, used, record, closed: is_closed })
         };
         Ok(files.into_iter().filter_map(kept).collect())
     }
@@ -164,12 +171,14 @@ impl Cache {
         let (kept, held) = (self.kept()?, self.held()?);
         let mut verified =
             Verified { records: kept.len(), objects: held.len(), ..Verified::default() };
+        let name =
+            |path: &Path| path.strip_prefix(&self.root).unwrap_or(path).display().to_string();
         let mut report = |path: &Path, what: String| {
             if repair {
                 self.quarantine(path);
             }
-            let file = path.strip_prefix(&self.root).unwrap_or(path).display().to_string();
-            verified.damage.push(Damage { file, what, quarantined: repair && !path.exists() });
+            let quarantined = repair && !path.exists();
+            verified.damage.push(Damage { file: name(path), what, quarantined });
         };
         let total = held.iter().map(|o| o.bytes).sum();
         let (mut sound, mut done) = (BTreeMap::new(), 0);
@@ -183,6 +192,11 @@ impl Cache {
         }
         for kept in &kept {
             let what = match &kept.record {
+                Err(what) if kept.closed => {
+                    let file = name(&kept.path);
+                    verified.closed.push(Damage { file, what: what.clone(), quarantined: false });
+                    None
+                }
                 Err(what) => Some(what.clone()),
                 Ok(record) => self.lacks(record, &sound),
             };

@@ -1,6 +1,7 @@
 #![allow(clippy::unwrap_used, reason = "tests")]
 
 use std::os::unix::fs::PermissionsExt;
+use std::time::SystemTime;
 
 use serde_json::json;
 
@@ -151,15 +152,44 @@ fn one_lease_at_a_time_and_a_dead_holder_s_is_taken_over() {
     let path = cache.root.join("leases").join(fp.to_hex());
     drop(lease);
     let mut dead = serde_json::from_value::<serde_json::Value>(json!({
-        "host": rustix::system::uname().nodename().to_string_lossy(), "boot": "another boot",
-        "processes": "", "process": 1, "started": 0, "token": "x"
+        "host": rustix::system::uname().nodename().to_string_lossy(),
+        "boot": fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap().trim(),
+        "processes": fs::read_link("/proc/self/ns/pid").unwrap(),
+        "process": std::process::id(), "started": 0, "token": "x"
     }))
     .unwrap();
     fs::write(&path, dead.to_string()).unwrap();
-    assert!(matches!(cache.lease(fp).unwrap(), Acquired::Mine(_)));
+    assert!(matches!(cache.lease(fp).unwrap(), Acquired::Mine(_)), "an earlier process");
+    dead["boot"] = json!("another boot");
+    dead["machine"] = json!("another machine of that name");
+    fs::write(&path, dead.to_string()).unwrap();
+    assert!(matches!(cache.lease(fp).unwrap(), Acquired::Held(_)), "a fresh heartbeat counts");
     dead["host"] = json!("elsewhere");
     fs::write(&path, dead.to_string()).unwrap();
     assert!(matches!(cache.lease(fp).unwrap(), Acquired::Held(_)), "a fresh heartbeat counts");
+}
+
+#[test]
+fn what_is_made_in_a_folder_for_a_group_is_open_to_the_group_and_nothing_else_is() {
+    let (dir, _cache) = cache();
+    let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+    for (around, folder, file) in [(0o2770, 0o770, 0o660), (0o770, 0o700, 0o600)] {
+        let around_ = dir.path().join(format!("{around:o}"));
+        fs::create_dir(&around_).unwrap();
+        fs::set_permissions(&around_, fs::Permissions::from_mode(around)).unwrap();
+        // As a umask of 077 leaves them.
+        for (name, found) in [("folder", 0o700), ("file", 0o600)] {
+            let made = around_.join(name);
+            if name == "folder" {
+                fs::create_dir(&made).unwrap();
+            } else {
+                fs::write(&made, "").unwrap();
+            }
+            fs::set_permissions(&made, fs::Permissions::from_mode(found)).unwrap();
+            durable::share(&made, if name == "folder" { 0o070 } else { 0o060 });
+            assert_eq!(mode(&made), if name == "folder" { folder } else { file }, "{around:o}");
+        }
+    }
 }
 
 #[test]

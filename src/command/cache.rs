@@ -98,9 +98,10 @@ fn verify(cache: &Cache, repair: bool, say: &Say<'_>) -> Result<u8, CommandError
             display::note(&format!("{} of {} read", size(done), size(total)));
         }
     })?;
-    let Verified { records, objects, bytes, damage } = &found;
+    let Verified { records, objects, bytes, damage, closed } = &found;
     let mut lines: Vec<String> = damage
         .iter()
+        .chain(closed)
         .map(|d| {
             let moved = if d.quarantined { " (quarantined)" } else { "" };
             format!("{}: {}{moved}", d.file, d.what)
@@ -110,13 +111,18 @@ fn verify(cache: &Cache, repair: bool, say: &Say<'_>) -> Result<u8, CommandError
         "{records} records, {objects} objects, {} read: {}",
         size(*bytes),
         match (damage.len(), repair) {
+            (0, _) if !closed.is_empty() => "all that may be read is sound".to_owned(),
             (0, _) => "all sound".to_owned(),
             (n, false) => format!("{n} damaged; `pipe cache repair` moves them out of the way"),
             (n, true) => format!("{n} damaged; the next run makes them anew"),
         }
     ));
+    if !closed.is_empty() {
+        let closed = closed.len();
+        lines.push(format!("{closed} records may not be read: `pipe doctor` says what to do"));
+    }
     say(&lines.join("\n"), json!(found));
-    let repaired = damage.iter().all(|d| d.quarantined);
+    let repaired = damage.iter().all(|d| d.quarantined) && closed.is_empty();
     Ok(if repaired { exit_code::OK } else { exit_code::CACHE })
 }
 
@@ -270,11 +276,17 @@ fn pin(project: &Project, stage: &str, pinned: bool, say: &Say<'_>) -> Result<u8
 
 /// What a collection did, for people.
 pub(super) fn described(collected: &Collected, dry_run: bool) -> String {
-    let Collected { records, objects, leftovers, bytes, bytes_left } = collected;
+    let Collected { records, objects, leftovers, bytes, bytes_left, closed } = collected;
     let mut lines: Vec<String> = records
         .iter()
         .map(|(stage, fingerprint)| format!("{stage} {}", &fingerprint[..8]))
         .collect();
+    if *closed > 0 {
+        lines.push(format!(
+            "{closed} records may not be read, so that no object can go: `pipe doctor` says what \
+             to do"
+        ));
+    }
     lines.push(format!(
         "{} {} records, {objects} objects and {leftovers} leftovers: {} freed, {} left",
         if dry_run { "would remove" } else { "removed" },

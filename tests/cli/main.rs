@@ -19,6 +19,7 @@ mod programs;
 #[cfg(feature = "remote")]
 mod remote;
 mod schema;
+mod sharing;
 mod space;
 mod sweeps;
 mod truth;

@@ -1,0 +1,147 @@
+//! One cache for several users, projects and runs at the same time.
+
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, SystemTime};
+
+use serde_json::Value;
+
+use crate::space::{DIAMOND, Ran, Space, ran};
+
+/// Somebody else.
+const NOBODY: u32 = 65_534;
+
+fn below(path: &Path) -> Vec<PathBuf> {
+    let (mut open, mut found) = (vec![path.to_owned()], Vec::new());
+    while let Some(path) = open.pop() {
+        if path.is_dir() {
+            open.extend(fs::read_dir(&path).unwrap().flatten().map(|e| e.path()));
+        }
+        found.push(path);
+    }
+    found
+}
+
+/// Makes everything in the cache look unused, but for what runs that go on say.
+fn age(space: &Space, hours: u64) {
+    let then = SystemTime::now() - Duration::from_secs(hours * 3600);
+    for path in below(&space.cache()) {
+        if !path.parent().unwrap().ends_with("running") {
+            fs::File::open(&path).and_then(|file| file.set_modified(then)).unwrap();
+        }
+    }
+}
+
+fn is_root() -> bool {
+    fs::metadata("/proc/self").unwrap().uid() == 0
+}
+
+/// Makes a file unreadable for [`as_other`].
+fn close(path: &Path) {
+    let mode = if is_root() { 0o600 } else { 0 };
+    fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+}
+
+/// A command of another user where tests may have one, who can write everything that is there now;
+/// else of the same, whom modes keep out likewise.
+fn as_other(space: &Space, args: &[&str]) -> Command {
+    let plain = space.command(args);
+    if !is_root() {
+        return plain;
+    }
+    let binary = space.outside().join("pipe");
+    if !binary.exists() {
+        fs::copy(env!("CARGO_BIN_EXE_pipe"), &binary).unwrap();
+        for path in below(space.outside()) {
+            let mode = fs::metadata(&path).unwrap().permissions().mode();
+            let is_count = path.parent().unwrap().ends_with("runs");
+            let open = if path.is_dir() || is_count { 0o777 } else { mode | 0o444 };
+            fs::set_permissions(&path, fs::Permissions::from_mode(open)).unwrap();
+        }
+    }
+    let mut command = Command::new(binary);
+    command.args(plain.get_args()).current_dir(plain.get_current_dir().unwrap());
+    for (name, value) in plain.get_envs() {
+        match value {
+            Some(value) => command.env(name, value),
+            None => command.env_remove(name),
+        };
+    }
+    command.env("HOME", space.outside().join("home")).uid(NOBODY).gid(NOBODY);
+    command
+}
+
+fn other(space: &Space, args: &[&str]) -> Ran {
+    ran(&as_other(space, args).output().unwrap())
+}
+
+fn fingerprint(space: &Space, stage: &str) -> String {
+    let why = space.pipe(&["why", stage, "--json"]).code(0).out;
+    let why: Value = serde_json::from_str(&why).unwrap();
+    why["fingerprint"].as_str().unwrap().to_owned()
+}
+
+fn record(space: &Space, stage: &str) -> PathBuf {
+    space.cache().join("records-v1/command").join(fingerprint(space, stage) + ".json")
+}
+
+#[test]
+fn lease_that_may_not_be_read_is_held_while_its_heart_beats() {
+    let space = Space::new(DIAMOND);
+    space.pipe(&["run", "right"]).code(0);
+    let lease = space.cache().join("leases").join(fingerprint(&space, "left"));
+    fs::create_dir_all(lease.parent().unwrap()).unwrap();
+    fs::write(&lease, "not for everybody").unwrap();
+    let mut command = as_other(&space, &["run", "left", "--json"]);
+    close(&lease);
+    let mut run = command.stdout(Stdio::piped()).spawn().unwrap();
+    let mut events = BufReader::new(run.stdout.take().unwrap()).lines().map(Result::unwrap);
+    let waiting: Value = events
+        .find(|e| e.contains("stage-waiting"))
+        .map(|e| serde_json::from_str(&e).unwrap())
+        .unwrap();
+    let holder = waiting["holder"].as_str().unwrap();
+    assert!(
+        holder.starts_with("another user (the lease is ") && holder.contains("mode 0"),
+        "{holder}"
+    );
+    assert_eq!(space.runs("left"), 0);
+    assert!(lease.exists());
+    fs::remove_file(&lease).unwrap();
+    events.for_each(drop);
+    assert!(run.wait().unwrap().success());
+    assert_eq!(space.runs("left"), 1);
+}
+
+#[test]
+fn record_that_may_not_be_read_is_an_explained_miss_and_no_damage() {
+    let space = Space::new(DIAMOND);
+    space.pipe(&["run"]).code(0);
+    let record = record(&space, "last");
+    other(&space, &["plan", "--check"]).code(0);
+    close(&record);
+    let plan = other(&space, &["plan"]).code(0).out;
+    assert!(plan.contains("you may not read it"), "{plan}");
+    assert!(plan.contains("mode 0") && plan.contains("pipe doctor"), "{plan}");
+    assert!(!plan.contains("never ran"), "{plan}");
+    let repair = other(&space, &["cache", "repair"]).code(5).out;
+    assert!(repair.contains("all that may be read is sound"), "{repair}");
+    assert!(record.exists());
+    let doctor = other(&space, &["doctor"]).out;
+    assert!(
+        doctor.contains("keeps this user out") && doctor.contains("chmod -R g+rwX"),
+        "{doctor}"
+    );
+    // What it needs is not known, so that nothing may go that it could need.
+    age(&space, 24 * 91);
+    let gc = other(&space, &["cache", "gc", "--older-than", "1h", "--dry-run"]).code(0).out;
+    assert!(gc.contains("no object can go") && gc.contains(" 0 objects"), "{gc}");
+    other(&space, &["run"]).code(0);
+    assert_eq!(space.runs("last"), 2);
+    other(&space, &["plan", "--check"]).code(0);
+}
+
