@@ -13,6 +13,7 @@ mod object;
 mod probe;
 mod records;
 mod roots;
+mod running;
 mod runs;
 mod scratch;
 mod stat_index;
@@ -40,6 +41,7 @@ pub use survey::{Damage, Held, Kept, Verified};
 
 pub(crate) use durable::{is_left_open, unique_name, unix_seconds};
 pub(crate) use lease::this_process;
+pub(crate) use running::InUse;
 #[cfg(feature = "remote")]
 pub(crate) use transfer::{Batch, Partial};
 

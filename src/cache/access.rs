@@ -14,7 +14,7 @@ use super::{Cache, CacheError};
 /// Records that are looked at.
 const SAMPLE: usize = 200;
 /// Folders that everybody who uses a cache writes.
-const FOLDERS: [&str; 13] = [
+const FOLDERS: [&str; 14] = [
     "",
     "objects-v1",
     "records-v1",
@@ -25,6 +25,7 @@ const FOLDERS: [&str; 13] = [
     "tmp",
     "last",
     "roots",
+    "running",
     "runs",
     "pins",
     "quarantine",

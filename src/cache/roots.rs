@@ -12,7 +12,7 @@ use super::{Cache, CacheError, Last, durable};
 use crate::digest::Fingerprint;
 
 /// A project that has not run for so long keeps nothing.
-const FORGOTTEN: Duration = Duration::from_secs(90 * 24 * 3600);
+pub(super) const FORGOTTEN: Duration = Duration::from_secs(90 * 24 * 3600);
 /// A project that changes nothing says this often that it is still there.
 const RENEWED: Duration = Duration::from_secs(24 * 3600);
 
@@ -70,7 +70,9 @@ impl Cache {
             roots.entry(fingerprint).or_default().insert(pipeline.to_owned());
         };
         for path in files_at(&self.root.join("last"), 2)? {
-            let last = fs::read(&path).ok().and_then(|t| serde_json::from_slice::<Last>(&t).ok());
+            // What a run that was killed has finished is only there.
+            let text = if age(&path) < FORGOTTEN { fs::read(&path).ok() } else { None };
+            let last = text.and_then(|t| serde_json::from_slice::<Last>(&t).ok());
             let pipeline = path.parent().and_then(Path::file_name);
             if let (Some(last), Some(pipeline)) = (last, pipeline) {
                 add(last.fingerprint, &pipeline.to_string_lossy());

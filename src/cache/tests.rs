@@ -1,5 +1,6 @@
 #![allow(clippy::unwrap_used, reason = "tests")]
 
+use std::collections::BTreeSet;
 use std::os::unix::fs::PermissionsExt;
 use std::time::SystemTime;
 
@@ -256,4 +257,40 @@ fn what_a_network_file_system_leaves_of_open_files_is_nobody_s() {
     assert_eq!(cache.digest_local(&tree).unwrap(), before);
     fs::write(tree.join(".nfsrc"), "a user's").unwrap();
     assert_ne!(cache.digest_local(&tree).unwrap(), before);
+}
+
+fn old(path: &Path) {
+    let then = SystemTime::now() - 3 * GRACE;
+    fs::File::open(path).and_then(|file| file.set_modified(then)).unwrap();
+}
+
+#[test]
+fn object_that_is_stored_again_after_gc_has_looked_stays() {
+    let (_dir, cache) = cache();
+    let paths = ["again", "nobody's"].map(|text| {
+        let path = cache.object_path(record(&cache, text).outputs["out"].digest);
+        old(&path);
+        path
+    });
+    let held = cache.held().unwrap();
+    record(&cache, "again");
+    let options = GcOptions { older_than: None, max_bytes: None, dry_run: false };
+    let mut collected = Collected::default();
+    cache.collect_objects(options, &BTreeSet::new(), held, &mut collected).unwrap();
+    assert_eq!(paths.map(|path| path.exists()), [true, false]);
+    assert_eq!((collected.objects, collected.bytes_left), (1, 5));
+    assert_eq!(cache.verify(Digest::of(b"again"), Some(5)), Ok(()));
+}
+
+#[test]
+fn object_that_a_fetched_record_will_need_gets_young_also_where_it_is_another_s() {
+    let (_dir, cache) = cache();
+    let digest = record(&cache, "there").outputs["out"].digest;
+    let path = cache.object_path(digest);
+    old(&path);
+    cache.renew(digest).unwrap();
+    assert!(fs::metadata(&path).unwrap().modified().unwrap() > SystemTime::now() - GRACE);
+    assert_eq!(cache.verify(digest, Some(5)), Ok(()));
+    fs::remove_file(&path).unwrap();
+    assert!(cache.renew(digest).is_err());
 }

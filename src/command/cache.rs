@@ -308,7 +308,12 @@ pub(super) fn collect_after_run(cache: &Cache, cap: Option<u64>) {
             ));
         }
         Ok(_) => {}
-        Err(error) => tracing::debug!(%error, "could not collect garbage"),
+        Err(error) => {
+            let help = error.help().map(|help| format!(" ({help})")).unwrap_or_default();
+            display::note(&format!(
+                "the cache could not be looked through: {error}{help}; it is tried again in an hour"
+            ));
+        }
     }
 }
 

@@ -6,7 +6,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use serde_json::Value;
 
@@ -87,6 +87,110 @@ fn fingerprint(space: &Space, stage: &str) -> String {
 
 fn record(space: &Space, stage: &str) -> PathBuf {
     space.cache().join("records-v1/command").join(fingerprint(space, stage) + ".json")
+}
+
+#[track_caller]
+fn wait_for(what: &dyn Fn() -> bool) {
+    let since = Instant::now();
+    while !what() {
+        assert!(since.elapsed() < Duration::from_secs(60), "it never happened");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// `last` needs what `base` made, and `slow` before it goes on until it is told to end.
+const SLOW: &str = r"
+params: {value: one}
+stages:
+  base:
+    kind: command
+    params: {run: 'echo ${value} > $PIPE_OUTPUT_OUT', outputs: {out: {file: base.txt}}}
+  slow:
+    kind: command
+    pass_env: [RUNS]
+    params: {run: 'echo x >> $RUNS/slow; until test -e $RUNS/go; do sleep 0.05; done; echo > $PIPE_OUTPUT_OUT', outputs: {out: {file: slow.txt}}}
+  last:
+    kind: command
+    inputs: {a: base, b: slow}
+    params: {run: 'cat $PIPE_INPUT_A > $PIPE_OUTPUT_OUT', outputs: {out: {file: last.txt}}}
+";
+
+#[test]
+fn gc_leaves_what_a_run_that_goes_on_has_reused_whatever_others_run_meanwhile() {
+    let space = Space::new(SLOW);
+    space.pipe(&["run", "base"]).code(0);
+    let long = space.command(&["run", "-j", "1"]).stderr(Stdio::piped()).spawn().unwrap();
+    wait_for(&|| space.runs("slow") == 1);
+    space.pipe(&["run", "base", "--set", "value=two"]).code(0);
+    age(&space, 3);
+    let gone = space.pipe(&["cache", "gc", "--older-than", "2h"]).code(0).out;
+    assert!(gone.contains("removed 0 records, 0 objects"), "{gone}");
+    fs::write(space.outside().join("runs/go"), "").unwrap();
+    let long = ran(&long.wait_with_output().unwrap()).code(0);
+    assert!(long.err.contains("2 run, 1 reused"), "{}", long.err);
+    assert_eq!(fs::read_dir(space.cache().join("running")).unwrap().count(), 0);
+    // It is over: the one that the pipeline ran first is nobody's now.
+    space.pipe(&["run", "base", "--set", "value=two"]).code(0);
+    age(&space, 3);
+    let gone = space.pipe(&["cache", "gc", "--older-than", "2h"]).code(0).out;
+    assert!(gone.contains("removed 1 records"), "{gone}");
+}
+
+#[test]
+fn run_that_was_killed_keeps_nothing_for_longer_than_the_grace() {
+    let space = Space::new(SLOW);
+    space.pipe(&["run", "base"]).code(0);
+    let base = fingerprint(&space, "base");
+    space.pipe(&["run", "base", "--set", "value=two"]).code(0);
+    let dead = space.cache().join("running/dead");
+    fs::create_dir_all(dead.parent().unwrap()).unwrap();
+    fs::write(&dead, format!("{base}\n")).unwrap();
+    age(&space, 3);
+    let gc = ["cache", "gc", "--older-than", "2h", "--dry-run"];
+    assert!(space.pipe(&gc).code(0).out.contains("would remove 0 records"));
+    let then = SystemTime::now() - Duration::from_secs(2 * 3600);
+    fs::File::open(&dead).and_then(|file| file.set_modified(then)).unwrap();
+    assert!(space.pipe(&gc).code(0).out.contains("would remove 1 records"));
+}
+
+#[test]
+fn run_that_reuses_everything_writes_nothing_of_what_it_uses() {
+    let space = Space::new(DIAMOND);
+    space.pipe(&["run"]).code(0);
+    let before: Vec<PathBuf> = below(&space.cache());
+    fs::remove_dir(space.cache().join("running")).unwrap();
+    space.pipe(&["run"]).code(0);
+    assert!(!space.cache().join("running").exists());
+    assert_eq!(below(&space.cache()).len(), before.len() - 1);
+}
+
+#[test]
+fn stages_that_were_dropped_and_projects_that_are_gone_keep_nothing_after_90_days() {
+    let space = Space::new(DIAMOND);
+    space.pipe(&["run"]).code(0);
+    let (name, _) = DIAMOND.split_once("  last:").unwrap();
+    space.write("pipeline.yaml", name);
+    age(&space, 91 * 24);
+    space.pipe(&["run"]).code(0);
+    let gone = space.pipe(&["cache", "gc", "--older-than", "2h"]).code(0).out;
+    assert!(gone.contains("removed 1 records"), "{gone}");
+    space.pipe(&["plan", "--check"]).code(0);
+    age(&space, 91 * 24);
+    let gone = space.pipe(&["cache", "gc", "--older-than", "2h"]).code(0).out;
+    assert!(gone.contains("removed 3 records"), "{gone}");
+    assert!(below(&space.cache().join("roots")).len() == 1, "a forgotten project has no file");
+}
+
+#[test]
+fn runs_can_be_looked_up_for_a_year() {
+    let space = Space::new(DIAMOND);
+    space.pipe(&["run"]).code(0);
+    let runs = || space.pipe(&["runs", "ls"]).code(0).out.contains("4 ran");
+    for (days, kept) in [(360, true), (366, false)] {
+        age(&space, days * 24);
+        space.pipe(&["cache", "gc"]).code(0);
+        assert_eq!(runs(), kept, "{days}");
+    }
 }
 
 #[test]
