@@ -7,6 +7,7 @@ mod access;
 mod collect;
 mod durable;
 mod folder;
+mod last;
 mod lease;
 mod materialise;
 mod object;
@@ -26,22 +27,20 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
-use std::time::SystemTime;
 
 use contract::{OutputClass, OutputForm};
-use serde::{Deserialize, Serialize};
 
 pub use access::Closed;
 pub use collect::{Collected, DEFAULT_CAP, GRACE, GcOptions};
 pub use lease::{Acquired, Lease};
 pub use object::{Stored, TreeEntry};
 pub use probe::Probe;
+pub(crate) use running::InUse;
 pub use scratch::Scratch;
 pub use survey::{Damage, Held, Kept, Verified};
 
 pub(crate) use durable::{is_left_open, unique_name, unix_seconds};
 pub(crate) use lease::this_process;
-pub(crate) use running::InUse;
 #[cfg(feature = "remote")]
 pub(crate) use transfer::{Batch, Partial};
 
@@ -58,6 +57,8 @@ pub struct Cache {
     listings: folder::Listings,
     /// The file system has shown that it cannot share blocks.
     no_reflinks: AtomicBool,
+    /// The project that uses it, where there is one.
+    owner: Option<last::Owner>,
 }
 
 /// The cache cannot do what was asked.
@@ -118,13 +119,6 @@ pub struct Fault {
     pub what: String,
 }
 
-/// What a stage last ran as, for explanations.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-struct Last {
-    kind: String,
-    fingerprint: Fingerprint,
-}
-
 impl Cache {
     /// The cache at `root`; nothing is created before the first write.
     ///
@@ -143,6 +137,7 @@ impl Cache {
                 root,
                 listings: folder::Listings::default(),
                 no_reflinks: AtomicBool::new(false),
+                owner: None,
             }),
         }
     }
@@ -267,65 +262,6 @@ impl Cache {
         } else {
             durable::remove(&staged).map_err(io)
         }
-    }
-
-    /// The record that a stage of a pipeline last ran as or reused.
-    pub fn last(&self, pipeline: &str, stage: &str) -> Option<Record> {
-        let text = fs::read(self.last_path(pipeline, stage)).ok()?;
-        let last: Last = serde_json::from_slice(&text).ok()?;
-        self.record(&last.kind, last.fingerprint).ok()?
-    }
-
-    /// Remembers what a stage ran as; written only when it changes.
-    pub fn set_last(&self, pipeline: &str, stage: &str, kind: &str, fingerprint: Fingerprint) {
-        let path = self.last_path(pipeline, stage);
-        let last = Last { kind: kind.to_owned(), fingerprint };
-        let text = serde_json::to_vec(&last).unwrap_or_default();
-        if fs::read(&path).is_ok_and(|t| t == text) {
-            return;
-        }
-        // Only explanations are lost where a cache cannot be written.
-        let staged = durable::stage_bytes(&self.tmp_dir(), &text);
-        let put = |staged: PathBuf| {
-            durable::create_parent(&path)?;
-            fs::rename(&staged, &path).inspect_err(|_| drop(fs::remove_file(&staged)))
-        };
-        if let Err(error) = staged.and_then(put) {
-            tracing::debug!(%error, "could not remember the last run of {stage}");
-        }
-    }
-
-    fn last_path(&self, pipeline: &str, stage: &str) -> PathBuf {
-        let safe: String = pipeline
-            .chars()
-            .map(|c| if c.is_alphanumeric() || "-_".contains(c) { c } else { '_' })
-            .collect();
-        self.root.join("last").join(safe).join(format!("{stage}.json"))
-    }
-
-    /// Creates the log file of a stage in a run.
-    ///
-    /// # Errors
-    /// [`CacheError`] when the disk refuses.
-    pub fn create_log(&self, run: &str, stage: &str) -> Result<PathBuf, CacheError> {
-        let path = self.root.join("logs").join(run).join(format!("{stage}.log"));
-        durable::create_parent(&path)
-            .and_then(|()| fs::File::options().append(true).create(true).open(&path))
-            .map_err(|e| CacheError::io("create", &path, e))?;
-        durable::share(&path, 0o060);
-        Ok(path)
-    }
-
-    /// The newest log of a stage, of whichever pipeline.
-    pub fn newest_log(&self, stage: &str) -> Option<PathBuf> {
-        let runs = fs::read_dir(self.root.join("logs")).ok()?;
-        let logs = runs.flatten().map(|run| run.path().join(format!("{stage}.log")));
-        logs.filter_map(|log| {
-            let time = fs::metadata(&log).ok()?.modified().unwrap_or(SystemTime::UNIX_EPOCH);
-            Some((time, log))
-        })
-        .max()
-        .map(|(_, log)| log)
     }
 
     /// A fresh private folder for one execution; gone when the value is dropped.

@@ -249,3 +249,46 @@ fn record_that_may_not_be_read_is_an_explained_miss_and_no_damage() {
     other(&space, &["plan", "--check"]).code(0);
 }
 
+#[test]
+fn explanations_and_logs_are_those_of_the_project_and_a_clone_gets_the_newest_of_others() {
+    let space = Space::new(DIAMOND);
+    space.pipe(&["run"]).code(0);
+    let text = fs::read_to_string(space.path("pipeline.yaml")).unwrap();
+    let cache = space.cache();
+    let elsewhere = |name: &str, text: &str, args: &[&str]| {
+        let dir = space.outside().join(name);
+        fs::create_dir_all(&dir).unwrap();
+        fs::write(dir.join("pipeline.yaml"), text).unwrap();
+        let all = [args, &["--cache", cache.to_str().unwrap()]].concat();
+        ran(&space.command(&all).current_dir(&dir).output().unwrap())
+    };
+    let theirs = text
+        .replace("left: one", "left: theirs")
+        .replace("echo x >> $RUNS/left", "echo hello; echo x >> $RUNS/left");
+    elsewhere("theirs", &theirs, &["run"]).code(0);
+    space.replace("left: one", "left: three");
+    let why = space.pipe(&["why", "left"]).code(0).out;
+    assert!(why.contains("echo one") && !why.contains("theirs"), "{why}");
+    let log = space.pipe(&["logs", "left"]).code(0).out;
+    assert!(!log.contains("hello"), "{log}");
+    // A clone reuses everything, and its changes are explained.
+    elsewhere("clone", &text, &["plan", "--check"]).code(0);
+    let why =
+        elsewhere("clone", &text.replace("left: one", "left: four"), &["why", "left"]).code(0).out;
+    assert!(why.contains("echo theirs") && why.contains("echo four"), "{why}");
+}
+
+#[test]
+fn explanations_of_earlier_versions_are_still_read() {
+    let space = Space::new(DIAMOND);
+    space.pipe(&["run"]).code(0);
+    let last = space.cache().join("last/pipeline");
+    let project = fs::read_dir(&last).unwrap().flatten().next().unwrap().path();
+    for file in fs::read_dir(&project).unwrap().flatten() {
+        fs::rename(file.path(), last.join(file.file_name())).unwrap();
+    }
+    fs::remove_dir(&project).unwrap();
+    space.replace("left: one", "left: three");
+    let why = space.pipe(&["why", "left"]).code(0).out;
+    assert!(why.contains("echo one"), "{why}");
+}
