@@ -278,8 +278,12 @@ impl Cache {
         // What an opened file says is what the server of a network file system says.
         let opened = fs::File::open(&aside).and_then(|f| f.metadata()?.modified()).ok();
         let young = opened.or_else(|| modified(&aside)).is_some_and(|used| age(used) < GRACE);
-        // Where its place has been taken meanwhile, it is by an equal.
-        if !young || !durable::rename_exclusive(&aside, path).map_err(io)? {
+        if young && durable::rename_exclusive(&aside, path).map_err(io)? {
+            // A power cut must not leave it where it was set aside.
+            let folder = path.parent().unwrap_or(&self.root);
+            durable::sync_dir(folder).map_err(|e| CacheError::io("flush", folder, e))?;
+        } else {
+            // Old, or an equal has taken its place meanwhile.
             durable::remove(&aside).map_err(io)?;
         }
         Ok(!young)
