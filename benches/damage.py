@@ -63,7 +63,7 @@ class Trials:
 
     def record(self, stage):
         """The record that a stage last ran as or reused."""
-        last = json.loads((self.cache / "last/damage" / f"{stage}.json").read_text())
+        last = json.loads(next(self.cache.glob(f"last/damage/*/{stage}.json")).read_text())
         return self.cache / "records-v1/command" / f"{last['fingerprint']}.json"
 
     def digests(self):

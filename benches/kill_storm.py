@@ -54,7 +54,7 @@ def children(process):
 
 def object_of(cache, stage):
     """The bytes of the file that a stage last made or reused."""
-    last = json.loads((cache / "last/storm" / f"{stage}.json").read_text())
+    last = json.loads(next(cache.glob(f"last/storm/*/{stage}.json")).read_text())
     record = json.loads((cache / "records-v1/command" / f"{last['fingerprint']}.json").read_text())
     digest = record["outputs"]["out"]["digest"]
     return (cache / "objects-v1" / digest[:2] / digest[2:]).read_text()

@@ -131,7 +131,7 @@ class Trials:
             self.layer("sync")
 
     def object_of(self, stage):
-        last = json.loads((self.cache / "last/storm" / f"{stage}.json").read_text())
+        last = json.loads(next(self.cache.glob(f"last/storm/*/{stage}.json")).read_text())
         record = json.loads((self.cache / "records-v1/command" / f"{last['fingerprint']}.json").read_text())
         digest = record["outputs"]["out"]["digest"]
         return self.cache / "objects-v1" / digest[:2] / digest[2:]

@@ -3,16 +3,19 @@
 //! The only module that touches a cache folder. Publishing is correct without any lock: objects
 //! are synced and renamed into place first, the record last, and neither is ever changed.
 
+mod access;
 mod collect;
 mod durable;
 mod folder;
 mod ingest;
+mod last;
 mod lease;
 mod materialise;
 mod object;
 mod probe;
 mod records;
 mod roots;
+mod running;
 mod runs;
 mod scratch;
 mod stat_index;
@@ -26,15 +29,15 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use std::sync::atomic::AtomicBool;
-use std::time::SystemTime;
 
 use contract::{OutputClass, OutputForm};
-use serde::{Deserialize, Serialize};
 
+pub use access::Closed;
 pub use collect::{Collected, DEFAULT_CAP, GRACE, GcOptions};
 pub use lease::{Acquired, Lease};
 pub use object::{Stored, TreeEntry};
 pub use probe::Probe;
+pub(crate) use running::InUse;
 pub use scratch::Scratch;
 pub use survey::{Damage, Held, Kept, Unreadable, Verified};
 
@@ -59,6 +62,8 @@ pub struct Cache {
     no_reflinks: AtomicBool,
     /// How files are made here, once one had to be.
     ours: OnceLock<ingest::Ours>,
+    /// The project that uses it, where there is one.
+    owner: Option<last::Owner>,
 }
 
 /// The cache cannot do what was asked.
@@ -102,8 +107,8 @@ impl CacheError {
 
     /// What the user can do about it.
     pub fn help(&self) -> Option<String> {
-        let source = match self {
-            Self::Io { source, .. } => source,
+        let (source, path) = match self {
+            Self::Io { source, path, .. } => (source, path),
             Self::Link { .. } => {
                 return Some(
                     "copy what it points to into the output (`cp -L`); what links of an output \
@@ -123,6 +128,13 @@ impl CacheError {
         match source.kind() {
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
                 Some("free some space on that disk and run again".to_owned())
+            }
+            io::ErrorKind::PermissionDenied if let Some((at, what)) = access::closed(path) => {
+                Some(format!(
+                    "{} is {what}: its owner can {}; `pipe doctor` lists what is closed",
+                    at.display(),
+                    access::SHARING
+                ))
             }
             io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => Some(
                 "a cache that cannot be written can only be read: `--cache DIR` names another"
@@ -153,13 +165,6 @@ impl Fault {
     }
 }
 
-/// What a stage last ran as, for explanations.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-struct Last {
-    kind: String,
-    fingerprint: Fingerprint,
-}
-
 impl Cache {
     /// The cache at `root`; nothing is created before the first write.
     ///
@@ -179,6 +184,7 @@ impl Cache {
                 listings: folder::Listings::default(),
                 no_reflinks: AtomicBool::new(false),
                 ours: OnceLock::new(),
+                owner: None,
             }),
         }
     }
@@ -196,7 +202,8 @@ impl Cache {
         self.root.join("records-v1").join(kind).join(format!("{fingerprint}.json"))
     }
 
-    /// The record of a fingerprint. A damaged one counts as absent.
+    /// The record of a fingerprint. A damaged one counts as absent, and so does one that this user
+    /// may not read: `Cache::unreadable` says whose it is.
     ///
     /// # Errors
     /// [`CacheError`] where the file system refuses.
@@ -209,6 +216,7 @@ impl Cache {
         let text = match durable::read(&path) {
             Ok(text) => text,
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(e) if e.kind() == io::ErrorKind::PermissionDenied => return Ok(None),
             Err(e) => return Err(CacheError::io("read", &path, e)),
         };
         Ok(Record::from_text(&text).ok().filter(|r| r.fingerprint == fingerprint))
@@ -217,13 +225,21 @@ impl Cache {
     /// The same, as it is on the server of a network file system now.
     ///
     /// # Errors
-    /// [`CacheError`] where the file system refuses.
+    /// [`CacheError`] where the file system refuses, also to look into the folder: nothing could be
+    /// published there after hours of work.
     pub fn record_now(
         &self,
         kind: &str,
         fingerprint: Fingerprint,
     ) -> Result<Option<Record>, CacheError> {
-        durable::look_again(&self.root.join("records-v1").join(kind));
+        let folder = self.root.join("records-v1").join(kind);
+        durable::look_again(&folder);
+        match fs::metadata(folder.join("none")) {
+            Err(e) if e.kind() == io::ErrorKind::PermissionDenied => {
+                return Err(CacheError::io("look into", &folder, e));
+            }
+            _ => {}
+        }
         self.record(kind, fingerprint)
     }
 
@@ -320,64 +336,6 @@ impl Cache {
         } else {
             durable::remove(&staged).map_err(io)
         }
-    }
-
-    /// The record that a stage of a pipeline last ran as or reused.
-    pub fn last(&self, pipeline: &str, stage: &str) -> Option<Record> {
-        let text = fs::read(self.last_path(pipeline, stage)).ok()?;
-        let last: Last = serde_json::from_slice(&text).ok()?;
-        self.record(&last.kind, last.fingerprint).ok()?
-    }
-
-    /// Remembers what a stage ran as; written only when it changes.
-    pub fn set_last(&self, pipeline: &str, stage: &str, kind: &str, fingerprint: Fingerprint) {
-        let path = self.last_path(pipeline, stage);
-        let last = Last { kind: kind.to_owned(), fingerprint };
-        let text = serde_json::to_vec(&last).unwrap_or_default();
-        if fs::read(&path).is_ok_and(|t| t == text) {
-            return;
-        }
-        // Only explanations are lost where a cache cannot be written.
-        let staged = durable::stage_bytes(&self.tmp_dir(), &text);
-        let put = |staged: PathBuf| {
-            durable::create_parent(&path)?;
-            fs::rename(&staged, &path).inspect_err(|_| drop(fs::remove_file(&staged)))
-        };
-        if let Err(error) = staged.and_then(put) {
-            tracing::debug!(%error, "could not remember the last run of {stage}");
-        }
-    }
-
-    fn last_path(&self, pipeline: &str, stage: &str) -> PathBuf {
-        let safe: String = pipeline
-            .chars()
-            .map(|c| if c.is_alphanumeric() || "-_".contains(c) { c } else { '_' })
-            .collect();
-        self.root.join("last").join(safe).join(format!("{stage}.json"))
-    }
-
-    /// Creates the log file of a stage in a run.
-    ///
-    /// # Errors
-    /// [`CacheError`] when the disk refuses.
-    pub fn create_log(&self, run: &str, stage: &str) -> Result<PathBuf, CacheError> {
-        let path = self.root.join("logs").join(run).join(format!("{stage}.log"));
-        durable::create_parent(&path)
-            .and_then(|()| fs::File::options().append(true).create(true).open(&path))
-            .map_err(|e| CacheError::io("create", &path, e))?;
-        Ok(path)
-    }
-
-    /// The newest log of a stage, of whichever pipeline.
-    pub fn newest_log(&self, stage: &str) -> Option<PathBuf> {
-        let runs = fs::read_dir(self.root.join("logs")).ok()?;
-        let logs = runs.flatten().map(|run| run.path().join(format!("{stage}.log")));
-        logs.filter_map(|log| {
-            let time = fs::metadata(&log).ok()?.modified().unwrap_or(SystemTime::UNIX_EPOCH);
-            Some((time, log))
-        })
-        .max()
-        .map(|(_, log)| log)
     }
 
     /// A fresh private folder for one execution; gone when the value is dropped.

@@ -275,10 +275,11 @@ impl Context<'_> {
     /// The cache of a pipeline: `--cache`, else its profile's, else [`Context::cache`].
     fn cache_of(&self, pipeline: &Pipeline) -> Result<Cache, CommandError> {
         let profile = pipeline.profile.as_ref().filter(|_| self.shared.cache.is_none());
-        match profile.and_then(|p| p.cache.as_ref()) {
-            Some(dir) => Ok(Cache::open(&pipeline.dir.join(dir))?),
-            None => self.cache(&pipeline.dir),
-        }
+        let cache = match profile.and_then(|p| p.cache.as_ref()) {
+            Some(dir) => Cache::open(&pipeline.dir.join(dir))?,
+            None => self.cache(&pipeline.dir)?,
+        };
+        Ok(cache.of_project(&pipeline.name, &pipeline.dir))
     }
 
     /// The cache for a pipeline in `dir`: `--cache`, else `cache` in the nearest folder at or

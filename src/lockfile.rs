@@ -7,11 +7,18 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::cache::unique_name;
+
 const VERSION: u32 = 1;
+/// Nobody waits longer than this for another run that pins a source.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// How often a source is pinned again where another run, unseen, has just written without it.
+const ATTEMPTS: usize = 16;
 
 /// The sources that a pipeline pins.
 #[derive(Clone, Debug)]
@@ -143,22 +150,36 @@ impl Lockfile {
         self.sources.get(key)
     }
 
-    /// Pins a key, durably; the file is left alone where nothing changes.
+    /// Pins a key, durably; the file is left alone where nothing changes, and what other runs have
+    /// pinned meanwhile stays in it.
     ///
     /// # Errors
-    /// [`LockError::Io`] when the disk refuses.
+    /// [`LockError`] when the disk refuses, or the file no longer parses.
     pub fn set(&mut self, key: &str, value: Value) -> Result<(), LockError> {
         if self.sources.get(key) == Some(&value) {
             return Ok(());
         }
-        // Another run may have pinned its sources meanwhile.
-        if let Ok(now) = Self::at(&self.path) {
-            for (key, value) in now.sources {
-                self.sources.entry(key).or_insert(value);
+        let value = sorted(value);
+        let _guard = guard(self.folder());
+        // Where the guard is none, as on some network file systems, what was lost shows afterwards.
+        for _ in 0..ATTEMPTS {
+            let mut now = Self::at(&self.path)?;
+            for (key, value) in &self.sources {
+                now.sources.entry(key.clone()).or_insert_with(|| value.clone());
+            }
+            now.sources.insert(key.to_owned(), value.clone());
+            now.write()?;
+            if Self::at(&self.path)?.get(key) == Some(&value) {
+                break;
             }
         }
-        self.sources.insert(key.to_owned(), sorted(value));
-        self.write()
+        self.sources.insert(key.to_owned(), value);
+        Ok(())
+    }
+
+    fn folder(&self) -> &Path {
+        let folder = self.path.parent().filter(|p| !p.as_os_str().is_empty());
+        folder.unwrap_or(Path::new("."))
     }
 
     /// Writes the file, durably.
@@ -170,19 +191,34 @@ impl Lockfile {
         let content = Content { version: VERSION, sources: self.sources.clone() };
         let mut text = serde_json::to_vec_pretty(&content).map_err(|e| io(e.into()))?;
         text.push(b'\n');
-        let staged = self.path.with_extension(format!("lock.{}.tmp", std::process::id()));
+        let staged = self.path.with_extension(format!("lock.{}.tmp", unique_name()));
         let write = || {
             let mut file = fs::File::create(&staged)?;
             file.write_all(&text)?;
             file.sync_all()?;
             fs::rename(&staged, &self.path)?;
-            let folder = self.path.parent().filter(|p| !p.as_os_str().is_empty());
-            fs::File::open(folder.unwrap_or(Path::new(".")))?.sync_all()
+            fs::File::open(self.folder())?.sync_all()
         };
         write().map_err(|e| {
             let _ = fs::remove_file(&staged);
             io(e)
         })
+    }
+}
+
+/// Keeps other runs from writing a lock file in a folder while the returned file is open. The
+/// kernel lets go of it when a process dies, so that nobody has to clean up.
+fn guard(folder: &Path) -> Option<fs::File> {
+    let file = fs::File::open(folder).ok()?;
+    let since = Instant::now();
+    loop {
+        match file.try_lock() {
+            Ok(()) => return Some(file),
+            Err(fs::TryLockError::WouldBlock) if since.elapsed() < PATIENCE => {
+                std::thread::sleep(Duration::from_millis(2));
+            }
+            Err(_) => return None,
+        }
     }
 }
 
@@ -234,6 +270,39 @@ mod tests {
         two.set("b", json!(2)).unwrap();
         let kept = Lockfile::beside(&pipeline).unwrap();
         assert_eq!((kept.get("a"), kept.get("b")), (Some(&json!(1)), Some(&json!(2))));
+    }
+
+    #[test]
+    fn threads_that_pin_at_the_same_time_lose_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let pipeline = dir.path().join("p.yaml");
+        let (threads, keys) = (8, 10);
+        let start = std::sync::Barrier::new(threads);
+        std::thread::scope(|scope| {
+            for thread in 0..threads {
+                let (pipeline, start) = (&pipeline, &start);
+                scope.spawn(move || {
+                    let mut lock = Lockfile::beside(pipeline).unwrap();
+                    start.wait();
+                    for key in 0..keys {
+                        lock.set(&format!("{thread}-{key}"), json!(key)).unwrap();
+                    }
+                });
+            }
+        });
+        assert_eq!(Lockfile::beside(&pipeline).unwrap().sources.len(), threads * keys);
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "temporary files are gone");
+    }
+
+    #[test]
+    fn what_another_run_pinned_anew_is_not_put_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let pipeline = dir.path().join("p.yaml");
+        Lockfile::beside(&pipeline).unwrap().set("a", json!(1)).unwrap();
+        let mut one = Lockfile::beside(&pipeline).unwrap();
+        Lockfile::beside(&pipeline).unwrap().set("a", json!(2)).unwrap();
+        one.set("b", json!(1)).unwrap();
+        assert_eq!(Lockfile::beside(&pipeline).unwrap().get("a"), Some(&json!(2)));
     }
 
     #[test]

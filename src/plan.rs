@@ -264,6 +264,10 @@ impl Planner<'_> {
                 Some(last) => self.changes(stage, &last.identity, identity),
                 None => vec![Reason::NeverRan],
             };
+            if let Some(what) = self.cache.unreadable(&stage.kind, fingerprint) {
+                reasons.retain(|r| !matches!(r, Reason::NeverRan | Reason::NotCached));
+                reasons.push(Reason::Unreadable { what });
+            }
             let refused = self.cache.refusal(fingerprint);
             reasons.extend(refused.map(|what| Reason::RemoteRefused { what }));
             return Ok(Decision::Run { reasons });

@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 
 use contract::{Progress, StageError};
 
+use crate::cache::InUse;
 use crate::digest::Fingerprint;
 use crate::event::Event;
 use crate::lockfile::{LockError, Lockfile};
@@ -104,9 +105,11 @@ pub fn run(
     let order = planner.graph.with_upstream(selection);
     sink(Event::RunStarted { stages: order.clone() });
     let (sender, receiver) = channel();
+    let in_use = planner.cache.in_use();
     let mut run = Run {
         planner,
         options,
+        in_use: &in_use,
         sink,
         open: order,
         records: Records::new(),
@@ -132,6 +135,7 @@ pub fn run(
             })
         });
         let result = run.drive(lock, &receiver, &|job| {
+            in_use.show();
             let sender = sender.clone();
             let interrupts = Arc::clone(&options.interrupts);
             scope.spawn(move || {
@@ -170,6 +174,8 @@ struct Running {
 struct Run<'a> {
     planner: Planner<'a>,
     options: &'a RunOptions,
+    /// Keeps what is reused and made from gc until the run ends.
+    in_use: &'a InUse,
     sink: &'a mut dyn FnMut(Event),
     /// Stages not yet decided, producers first.
     open: Vec<String>,
@@ -225,6 +231,7 @@ impl<'a> Run<'a> {
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => return Ok(()),
             }
+            self.in_use.beat();
             self.look_for_interrupt();
         }
     }
@@ -245,6 +252,7 @@ impl<'a> Run<'a> {
             if finished {
                 return;
             }
+            self.in_use.beat();
             self.look_for_interrupt();
             std::thread::sleep(TICK);
         }
@@ -347,6 +355,7 @@ impl<'a> Run<'a> {
     fn reuse(&mut self, stage: &Stage, record: Arc<Record>) {
         let pipeline = &self.planner.pipeline.name;
         self.planner.cache.set_last(pipeline, &stage.name, &stage.kind, record.fingerprint);
+        self.in_use.add(record.fingerprint);
         self.saved += record.seconds;
         self.summary.reused += 1;
         let mut cut_off_by = Vec::new();
@@ -427,6 +436,7 @@ impl<'a> Run<'a> {
                 }
                 let pipeline = &self.planner.pipeline.name;
                 self.planner.cache.set_last(pipeline, name, &stage.kind, record.fingerprint);
+                self.in_use.add(record.fingerprint);
                 self.summary.ran += 1;
                 self.took.insert(name.to_owned(), record.seconds);
                 if let Some(log) = &log {

@@ -1,8 +1,9 @@
 //! Garbage collection: what no pipeline reaches goes, the longest unused first.
 //!
 //! Safe beside running stages: a run touches the record that it reuses (see [`Cache::keep`]), and
-//! nothing that was made or touched within [`GRACE`] is removed; records go before the objects that
-//! only they need, which are looked up afterwards.
+//! nothing that was made or touched within [`GRACE`] is removed, which is looked at again once the
+//! file is out of reach of whoever could touch it; records go before the objects that only they
+//! need, which are looked up afterwards.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -11,7 +12,8 @@ use std::time::{Duration, SystemTime};
 
 use serde::Serialize;
 
-use super::survey::{Kept, bytes_below, files_at};
+use super::roots::FORGOTTEN;
+use super::survey::{Held, Kept, bytes_below, files_at};
 use super::{Acquired, Cache, CacheError, durable, unix_seconds};
 use crate::digest::{Digest, Fingerprint};
 use crate::record::Record;
@@ -22,6 +24,10 @@ pub const GRACE: Duration = Duration::from_secs(3600);
 const INTERVAL: Duration = Duration::from_secs(24 * 3600);
 /// Unpublished work, checkpoints of killed runs, and what was damaged stay this long.
 const LEFTOVERS: Duration = Duration::from_secs(14 * 24 * 3600);
+/// What a run did can be looked up for so long.
+const HISTORY: Duration = Duration::from_secs(365 * 24 * 3600);
+/// A collection that failed is tried again after so long.
+const RETRY: Duration = Duration::from_secs(3600);
 /// The cap where nobody says otherwise.
 pub const DEFAULT_CAP: u64 = 200 << 30;
 
@@ -50,13 +56,16 @@ pub struct Collected {
     pub bytes: u64,
     /// Bytes of the objects that are left.
     pub bytes_left: u64,
+    /// Records that this user may not read. What they need is not known, so that no object goes
+    /// while there are any.
+    pub closed: usize,
 }
 
-fn age(time: SystemTime) -> Duration {
+pub(super) fn age(time: SystemTime) -> Duration {
     SystemTime::now().duration_since(time).unwrap_or_default()
 }
 
-fn modified(path: &Path) -> Option<SystemTime> {
+pub(super) fn modified(path: &Path) -> Option<SystemTime> {
     fs::metadata(path).and_then(|m| m.modified()).ok()
 }
 
@@ -70,6 +79,32 @@ impl Cache {
         }
         // Where the record may not be written it is left as it is.
         durable::touch(&path).is_ok() || path.exists()
+    }
+
+    /// Makes an object young that a record yet to come needs: nothing refers to it before.
+    ///
+    /// # Errors
+    /// [`CacheError`] where it is gone, or can be neither touched nor replaced.
+    #[cfg_attr(not(feature = "remote"), allow(dead_code, reason = "only remotes find objects"))]
+    pub(crate) fn renew(&self, digest: Digest) -> Result<(), CacheError> {
+        let path = self.object_path(digest);
+        if modified(&path).is_some_and(|stored| age(stored) < GRACE / 2) {
+            return Ok(());
+        }
+        // Objects are read-only, so that only the owner may touch one: another's is replaced by
+        // its equal.
+        durable::touch(&path)
+            .or_else(|_| {
+                let copy = self.tmp_dir().join(durable::unique_name());
+                durable::create_parent(&copy)?;
+                let put = || {
+                    fs::copy(&path, &copy)?;
+                    fs::File::open(&copy)?.sync_all()?;
+                    durable::rename(&copy, &path)
+                };
+                put().inspect_err(|_| drop(fs::remove_file(&copy)))
+            })
+            .map_err(|e| CacheError::io("renew", &path, e))
     }
 
     /// Days since gc removed the record of a fingerprint that is needed now; counts that.
@@ -108,7 +143,10 @@ impl Cache {
         durable::replace(&self.tmp_dir(), &stamp, b"")
             .map_err(|e| CacheError::io("write", &stamp, e))?;
         let options = GcOptions { older_than: None, max_bytes: Some(cap), dry_run: false };
-        self.collect(options).map(Some)
+        self.collect(options).map(Some).inspect_err(|_| {
+            let soon = SystemTime::now() - INTERVAL + RETRY;
+            let _ = fs::File::open(&stamp).and_then(|file| file.set_modified(soon));
+        })
     }
 
     /// Removes what `options` allow and no pipeline, pin or running stage needs.
@@ -119,7 +157,8 @@ impl Cache {
         let mut collected = Collected::default();
         let scratch = self.collect_scratch(options, &mut collected)?;
         let gone = self.collect_records(options, scratch, &mut collected)?;
-        self.collect_objects(options, &gone, &mut collected)?;
+        let held = self.held()?;
+        self.collect_objects(options, &gone, held, &mut collected)?;
         self.collect_leftovers(options, &gone, &mut collected)?;
         Ok(collected)
     }
@@ -163,7 +202,7 @@ impl Cache {
         scratch: u64,
         collected: &mut Collected,
     ) -> Result<BTreeSet<Fingerprint>, CacheError> {
-        let (roots, pins) = (self.roots()?, self.pins()?);
+        let (roots, running, pins) = (self.roots()?, self.used_by_runs()?, self.pins()?);
         let mut kept = self.kept()?;
         kept.sort_by_key(|k| k.used);
         let (mut references, mut bytes) = (std::collections::BTreeMap::new(), scratch);
@@ -177,12 +216,14 @@ impl Cache {
             }
         }
         let (mut gone, mut folders) = (BTreeSet::new(), BTreeSet::new());
-        for Kept { path, used, record } in &kept {
+        for Kept { path, used, record, .. } in &kept {
             let Ok(record) = record else { continue };
             let fingerprint = record.fingerprint;
             let old = options.older_than.is_some_and(|limit| age(*used) > limit);
             let large = options.max_bytes.is_some_and(|limit| bytes > limit);
-            let needed = roots.contains_key(&fingerprint) || pins.contains(&fingerprint);
+            let needed = roots.contains_key(&fingerprint)
+                || running.contains(&fingerprint)
+                || pins.contains(&fingerprint);
             if !(old || large) || needed || age(*used) < GRACE {
                 continue;
             }
@@ -212,18 +253,48 @@ impl Cache {
         if modified(path).is_none_or(|used| age(used) < GRACE) {
             return Ok(false);
         }
+        // First: flushing takes long, and the record may be touched meanwhile.
         let tombstone = self.evicted_path(fingerprint);
         let text = unix_seconds().to_string();
         durable::replace(&self.tmp_dir(), &tombstone, text.as_bytes())
             .map_err(|e| CacheError::io("write", &tombstone, e))?;
-        durable::remove(path).map_err(|e| CacheError::io("remove", path, e))?;
-        Ok(true)
+        let removed = self.remove_unless_young(path);
+        if !matches!(removed, Ok(true)) {
+            let _ = fs::remove_file(&tombstone);
+        }
+        removed
     }
 
-    fn collect_objects(
+    /// Removes a file unless it was touched within [`GRACE`]. Whoever touches it either comes
+    /// before it is set aside, which shows in its time, or finds it gone.
+    fn remove_unless_young(&self, path: &Path) -> Result<bool, CacheError> {
+        let io = |e| CacheError::io("remove", path, e);
+        let aside = self.tmp_dir().join(durable::unique_name());
+        durable::create_parent(&aside).map_err(io)?;
+        match durable::rename(path, &aside) {
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(false),
+            moved => moved.map_err(io)?,
+        }
+        // What an opened file says is what the server of a network file system says.
+        let opened = fs::File::open(&aside).and_then(|f| f.metadata()?.modified()).ok();
+        let young = opened.or_else(|| modified(&aside)).is_some_and(|used| age(used) < GRACE);
+        if young && durable::rename_exclusive(&aside, path).map_err(io)? {
+            // A power cut must not leave it where it was set aside.
+            let folder = path.parent().unwrap_or(&self.root);
+            durable::sync_dir(folder).map_err(|e| CacheError::io("flush", folder, e))?;
+        } else {
+            // Old, or an equal has taken its place meanwhile.
+            durable::remove(&aside).map_err(io)?;
+        }
+        Ok(!young)
+    }
+
+    /// `held` may be as old as it likes: what was touched since stays.
+    pub(super) fn collect_objects(
         &self,
         options: GcOptions,
         gone: &BTreeSet<Fingerprint>,
+        held: Vec<Held>,
         collected: &mut Collected,
     ) -> Result<(), CacheError> {
         let mut needed = BTreeSet::new();
@@ -231,19 +302,20 @@ impl Cache {
             match kept.record {
                 Ok(record) if gone.contains(&record.fingerprint) => {}
                 Ok(record) => needed.extend(self.needed(&record).into_keys()),
+                Err(_) if kept.closed => collected.closed += 1,
                 // What a damaged record needs is not known.
                 Err(_) => {}
             }
         }
-        for object in self.held()? {
+        for object in held {
             let unneeded = object.digest.is_none_or(|digest| !needed.contains(&digest));
-            if !unneeded || age(object.stored) < GRACE {
+            let goes = unneeded && collected.closed == 0 && age(object.stored) >= GRACE;
+            if !goes || !(options.dry_run || self.remove_unless_young(&object.path)?) {
                 collected.bytes_left += object.bytes;
                 continue;
             }
             collected.objects += 1;
             collected.bytes += object.bytes;
-            remove(&object.path, options)?;
         }
         Ok(())
     }
@@ -254,22 +326,23 @@ impl Cache {
         gone: &BTreeSet<Fingerprint>,
         collected: &mut Collected,
     ) -> Result<(), CacheError> {
-        let mut old = Vec::new();
-        for folder in ["tmp", "logs", "quarantine", "listings-v1", "evicted"] {
-            old.extend(files_at(&self.root.join(folder), 1)?);
-        }
-        for path in old {
-            let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-            let fingerprint: Option<Fingerprint> = name.parse().ok();
-            let is_log = path.parent().is_some_and(|p| p.ends_with("logs"));
-            let orphaned = is_log && fingerprint.is_some_and(|f| gone.contains(&f));
-            // The log of a record lives as long as the record.
-            let is_kept = is_log && fingerprint.is_some();
-            let left_behind = !is_kept && newest(&path).is_some_and(|time| age(time) > LEFTOVERS);
-            if orphaned || left_behind {
-                collected.leftovers += 1;
-                collected.bytes += bytes_below(&path);
-                remove(&path, options)?;
+        // Listings by digest, and what pipelines last ran as, lie deeper: `newest` looks below.
+        let short = ["tmp", "logs", "quarantine", "listings-v1", "evicted", "leases", "running"];
+        let long = [("roots", FORGOTTEN), ("last", FORGOTTEN), ("runs", HISTORY)];
+        for (folder, limit) in short.map(|folder| (folder, LEFTOVERS)).into_iter().chain(long) {
+            for path in files_at(&self.root.join(folder), 1)? {
+                let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+                let fingerprint: Option<Fingerprint> = name.parse().ok();
+                let is_log = folder == "logs";
+                let orphaned = is_log && fingerprint.is_some_and(|f| gone.contains(&f));
+                // The log of a record lives as long as the record.
+                let is_kept = is_log && fingerprint.is_some();
+                let left_behind = !is_kept && newest(&path).is_some_and(|time| age(time) > limit);
+                if orphaned || left_behind {
+                    collected.leftovers += 1;
+                    collected.bytes += bytes_below(&path);
+                    remove(&path, options)?;
+                }
             }
         }
         Ok(())

@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, Write};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -181,7 +181,26 @@ pub(crate) fn create_folder(dir: &Path) -> io::Result<()> {
 fn make(dir: &Path) -> io::Result<bool> {
     match fs::create_dir(dir) {
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(false),
-        made => made.map(|()| true),
+        made => made.map(|()| {
+            share(dir, 0o070);
+            true
+        }),
+    }
+}
+
+/// Opens what was just made to the group as far as the folder around it is, where that folder is
+/// made for a group: setgid and writable for it. A umask of 077 says nothing about such a folder,
+/// and would keep everybody else out of it.
+pub(crate) fn share(made: &Path, bits: u32) {
+    let around = made.parent().and_then(|folder| fs::metadata(folder).ok());
+    let Some(around) = around.map(|meta| meta.mode()).filter(|mode| mode & 0o2020 == 0o2020) else {
+        return;
+    };
+    let Ok(mode) = fs::symlink_metadata(made).map(|meta| meta.mode() & 0o7777) else { return };
+    let shared = mode | (around & bits);
+    if shared != mode {
+        // Where that is refused it stays as the umask had it.
+        let _ = fs::set_permissions(made, fs::Permissions::from_mode(shared));
     }
 }
 
@@ -210,6 +229,7 @@ pub(crate) fn stage_bytes(tmp: &Path, bytes: &[u8]) -> io::Result<PathBuf> {
     create_parent(&path)?;
     let write = || {
         let mut file = File::options().write(true).create_new(true).open(&path)?;
+        share(&path, 0o060);
         file.write_all(bytes)?;
         file.sync_all()
     };

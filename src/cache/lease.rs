@@ -6,6 +6,7 @@
 use std::collections::HashMap;
 use std::fs;
 use std::io::{self, Read};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Mutex, PoisonError};
@@ -15,7 +16,7 @@ use std::time::{Duration, Instant, SystemTime};
 use rustix::process::{Pid, getuid, test_kill_process};
 use serde::{Deserialize, Serialize};
 
-use super::{Cache, CacheError, durable};
+use super::{Cache, CacheError, access, durable};
 use crate::digest::Fingerprint;
 
 /// A live holder renews its lease this often.
@@ -32,6 +33,9 @@ struct Holder {
     #[serde(default)]
     user: String,
     host: String,
+    /// `/etc/machine-id`: hosts that share a name differ in it. Empty where it is not known.
+    #[serde(default)]
+    machine: String,
     boot: String,
     /// Namespace that the process number belongs to; containers of one host have their own.
     #[serde(default)]
@@ -85,6 +89,12 @@ enum Found {
     Nothing,
     /// A lease, and when it was last renewed.
     Held(Holder, SystemTime),
+    /// A lease that this user may not read: whose it is, and when it was last renewed.
+    Hidden {
+        owner: String,
+        token: String,
+        beat: SystemTime,
+    },
     /// Something else.
     Litter,
 }
@@ -104,13 +114,21 @@ impl Found {
                 Err(_) => Self::Litter,
             },
             Err(error) if error.kind() == io::ErrorKind::NotFound => Self::Nothing,
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Self::hidden(path),
             Err(_) => Self::Litter,
         }
     }
 
+    fn hidden(path: &Path) -> Self {
+        let Ok(meta) = fs::symlink_metadata(path) else { return Self::Nothing };
+        let beat = meta.modified().unwrap_or(SystemTime::UNIX_EPOCH);
+        let token = format!("{}:{}:{beat:?}", meta.dev(), meta.ino());
+        Self::Hidden { owner: access::owner(&meta), token, beat }
+    }
+
     fn token(&self) -> Option<&str> {
         match self {
-            Self::Held(holder, _) => Some(&holder.token),
+            Self::Held(Holder { token, .. }, _) | Self::Hidden { token, .. } => Some(token),
             _ => None,
         }
     }
@@ -131,6 +149,12 @@ impl Cache {
                 Found::Nothing => {}
                 Found::Held(other, beat) if self.is_alive(&other, beat) => {
                     return Ok(Acquired::Held(other.to_string()));
+                }
+                // Whose process it is cannot be known; whether its heart beats can.
+                Found::Hidden { owner, token, beat }
+                    if self.watched.beats(&token, beat, Instant::now()) =>
+                {
+                    return Ok(Acquired::Held(format!("another user (the lease is {owner})")));
                 }
                 left_behind => self.take_away(&path, &left_behind),
             }
@@ -154,7 +178,7 @@ impl Cache {
     /// elsewhere.
     fn is_alive(&self, holder: &Holder, beat: SystemTime) -> bool {
         let this = Holder::this();
-        if this.host == holder.host && this.boot != holder.boot && !this.boot.is_empty() {
+        if holder.died_with_an_earlier_boot_of(&this) {
             return false;
         }
         if this.boot == holder.boot
@@ -215,12 +239,26 @@ impl Holder {
         Self {
             user,
             host: rustix::system::uname().nodename().to_string_lossy().into_owned(),
+            machine: machine_id(),
             boot: boot_id(),
             processes: process_namespace(),
             process,
             started: started(process).unwrap_or(0),
             token: durable::unique_name(),
         }
+    }
+}
+
+impl Holder {
+    /// Whether it was a process of this very machine before it was started anew. Two machines can
+    /// have one name (`localhost`, copies of a virtual machine before their first start).
+    fn died_with_an_earlier_boot_of(&self, this: &Self) -> bool {
+        let known = |own: &str, other: &str| !own.is_empty() && !other.is_empty();
+        self.host == this.host
+            && known(&self.machine, &this.machine)
+            && self.machine == this.machine
+            && known(&self.boot, &this.boot)
+            && self.boot != this.boot
     }
 }
 
@@ -243,6 +281,13 @@ pub(crate) fn this_process() -> String {
 pub(super) fn boot_id() -> String {
     let id = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
     id.trim().to_owned()
+}
+
+fn machine_id() -> String {
+    let id = fs::read_to_string("/etc/machine-id").unwrap_or_default();
+    let id = id.trim();
+    // What an image says of itself before its first start.
+    if id == "uninitialized" { String::new() } else { id.to_owned() }
 }
 
 fn process_namespace() -> String {
@@ -270,4 +315,32 @@ fn started(process: u32) -> Option<u64> {
         return None;
     }
     fields.get(19)?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn holder(host: &str, machine: &str, boot: &str) -> Holder {
+        let (host, machine, boot) = (host.to_owned(), machine.to_owned(), boot.to_owned());
+        Holder { host, machine, boot, ..Holder::this() }
+    }
+
+    #[test]
+    fn only_another_boot_of_the_same_machine_is_dead_for_certain() {
+        let this = holder("localhost", "m1", "b1");
+        assert!(holder("localhost", "m1", "b0").died_with_an_earlier_boot_of(&this));
+        for (host, machine, boot) in [
+            ("localhost", "m2", "b0"),
+            ("localhost", "", "b0"),
+            ("elsewhere", "m1", "b0"),
+            ("localhost", "m1", "b1"),
+            ("localhost", "m1", ""),
+        ] {
+            let other = holder(host, machine, boot);
+            assert!(!other.died_with_an_earlier_boot_of(&this), "{other:?}");
+        }
+        let unknown = holder("localhost", "", "b1");
+        assert!(!holder("localhost", "", "b0").died_with_an_earlier_boot_of(&unknown));
+    }
 }

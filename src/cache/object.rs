@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::{Cache, CacheError, durable};
+use super::{Cache, CacheError, access, durable};
 use crate::digest::Digest;
 
 /// One file of a tree. The canonical listing is the JSON of these, sorted by path; empty folders
@@ -62,13 +62,11 @@ impl Unsound {
         if error.kind() != io::ErrorKind::PermissionDenied {
             return Self::Damaged(format!("cannot be read: {error}"));
         }
-        let about = |path: &Path| Some((path.to_owned(), fs::metadata(path).ok()?));
         // Where the file itself cannot be looked at, its folder is what keeps us out.
-        let Some((path, meta)) = path.ancestors().find_map(about) else {
-            return Self::Denied(error.to_string());
-        };
-        let (mode, user) = (meta.mode() & 0o7777, meta.uid());
-        Self::Denied(format!("{} has mode {mode:04o} and belongs to user {user}", path.display()))
+        Self::Denied(match access::closed(path) {
+            Some((at, what)) => format!("{} is {what}", at.display()),
+            None => error.to_string(),
+        })
     }
 }
 

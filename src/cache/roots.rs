@@ -7,12 +7,13 @@ use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
 
+use super::last::{Last, project_key};
 use super::survey::files_at;
-use super::{Cache, CacheError, Last, durable};
+use super::{Cache, CacheError, durable};
 use crate::digest::Fingerprint;
 
 /// A project that has not run for so long keeps nothing.
-const FORGOTTEN: Duration = Duration::from_secs(90 * 24 * 3600);
+pub(super) const FORGOTTEN: Duration = Duration::from_secs(90 * 24 * 3600);
 /// A project that changes nothing says this often that it is still there.
 const RENEWED: Duration = Duration::from_secs(24 * 3600);
 
@@ -55,9 +56,7 @@ impl Cache {
     }
 
     fn project_path(&self, pipeline: &str, dir: &Path) -> PathBuf {
-        let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
-        let name = blake3::hash(format!("{host}\n{}\n{pipeline}", dir.display()).as_bytes());
-        self.root.join("roots").join(format!("{}.json", &name.to_hex()[..16]))
+        self.root.join("roots").join(format!("{}.json", project_key(pipeline, dir)))
     }
 
     /// The records that pipelines last ran as or reused, with the pipelines' names.
@@ -69,11 +68,16 @@ impl Cache {
         let mut add = |fingerprint, pipeline: &str| {
             roots.entry(fingerprint).or_default().insert(pipeline.to_owned());
         };
-        for path in files_at(&self.root.join("last"), 2)? {
-            let last = fs::read(&path).ok().and_then(|t| serde_json::from_slice::<Last>(&t).ok());
-            let pipeline = path.parent().and_then(Path::file_name);
-            if let (Some(last), Some(pipeline)) = (last, pipeline) {
-                add(last.fingerprint, &pipeline.to_string_lossy());
+        // What a run that was killed has finished is only there, and all that earlier versions of
+        // `pipe` wrote, one folder higher.
+        let last = self.root.join("last");
+        let mut files = files_at(&last, 2)?;
+        files.extend(files_at(&last, 3)?);
+        for path in files.iter().filter(|path| age(path) < FORGOTTEN) {
+            let read = fs::read(path).ok().and_then(|t| serde_json::from_slice::<Last>(&t).ok());
+            let below = path.strip_prefix(&last).ok().and_then(|p| p.iter().next());
+            if let (Some(read), Some(pipeline)) = (read, below) {
+                add(read.fingerprint, &pipeline.to_string_lossy());
             }
         }
         for path in files_at(&self.root.join("roots"), 1)? {

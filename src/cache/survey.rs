@@ -11,7 +11,7 @@ use contract::OutputForm;
 use serde::Serialize;
 
 use super::object::{Unsound, hash};
-use super::{Cache, CacheError, durable};
+use super::{Cache, CacheError, access, durable};
 use crate::digest::{Digest, Fingerprint};
 use crate::record::Record;
 
@@ -24,6 +24,8 @@ pub struct Kept {
     pub used: SystemTime,
     /// What it says, or what is wrong with it.
     pub record: Result<Record, String>,
+    /// Nothing is known to be wrong with it: this user may not read it.
+    pub closed: bool,
 }
 
 /// An object file as it lies there.
@@ -123,8 +125,11 @@ impl Cache {
         let kept = |path: PathBuf| {
             // Gone since it was listed.
             let used = fs::metadata(&path).and_then(|m| m.modified()).ok()?;
-            let record = sound_record(&path);
-            Some(Kept { path, used, record })
+            let read = sound_record(&path);
+            let closed = if read.is_err() { access::closed(&path) } else { None };
+            let is_closed = closed.is_some();
+            let record = closed.map_or(read, |(_, what)| Err(format!("is {what}")));
+            Some(Kept { path, used, record, closed: is_closed })
         };
         Ok(files.into_iter().filter_map(kept).collect())
     }

@@ -1,6 +1,8 @@
 #![allow(clippy::unwrap_used, reason = "tests")]
 
+use std::collections::BTreeSet;
 use std::os::unix::fs::PermissionsExt;
+use std::time::SystemTime;
 
 use serde_json::json;
 
@@ -153,15 +155,44 @@ fn one_lease_at_a_time_and_a_dead_holder_s_is_taken_over() {
     let path = cache.root.join("leases").join(fp.to_hex());
     drop(lease);
     let mut dead = serde_json::from_value::<serde_json::Value>(json!({
-        "host": rustix::system::uname().nodename().to_string_lossy(), "boot": "another boot",
-        "processes": "", "process": 1, "started": 0, "token": "x"
+        "host": rustix::system::uname().nodename().to_string_lossy(),
+        "boot": fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap().trim(),
+        "processes": fs::read_link("/proc/self/ns/pid").unwrap(),
+        "process": std::process::id(), "started": 0, "token": "x"
     }))
     .unwrap();
     fs::write(&path, dead.to_string()).unwrap();
-    assert!(matches!(cache.lease(fp).unwrap(), Acquired::Mine(_)));
+    assert!(matches!(cache.lease(fp).unwrap(), Acquired::Mine(_)), "an earlier process");
+    dead["boot"] = json!("another boot");
+    dead["machine"] = json!("another machine of that name");
+    fs::write(&path, dead.to_string()).unwrap();
+    assert!(matches!(cache.lease(fp).unwrap(), Acquired::Held(_)), "a fresh heartbeat counts");
     dead["host"] = json!("elsewhere");
     fs::write(&path, dead.to_string()).unwrap();
     assert!(matches!(cache.lease(fp).unwrap(), Acquired::Held(_)), "a fresh heartbeat counts");
+}
+
+#[test]
+fn what_is_made_in_a_folder_for_a_group_is_open_to_the_group_and_nothing_else_is() {
+    let (dir, _cache) = cache();
+    let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+    for (around, folder, file) in [(0o2770, 0o770, 0o660), (0o770, 0o700, 0o600)] {
+        let around_ = dir.path().join(format!("{around:o}"));
+        fs::create_dir(&around_).unwrap();
+        fs::set_permissions(&around_, fs::Permissions::from_mode(around)).unwrap();
+        // As a umask of 077 leaves them.
+        for (name, found) in [("folder", 0o700), ("file", 0o600)] {
+            let made = around_.join(name);
+            if name == "folder" {
+                fs::create_dir(&made).unwrap();
+            } else {
+                fs::write(&made, "").unwrap();
+            }
+            fs::set_permissions(&made, fs::Permissions::from_mode(found)).unwrap();
+            durable::share(&made, if name == "folder" { 0o070 } else { 0o060 });
+            assert_eq!(mode(&made), if name == "folder" { folder } else { file }, "{around:o}");
+        }
+    }
 }
 
 #[test]
@@ -228,4 +259,40 @@ fn what_a_network_file_system_leaves_of_open_files_is_nobody_s() {
     assert_eq!(cache.digest_local(&tree).unwrap(), before);
     fs::write(tree.join(".nfsrc"), "a user's").unwrap();
     assert_ne!(cache.digest_local(&tree).unwrap(), before);
+}
+
+fn old(path: &Path) {
+    let then = SystemTime::now() - 3 * GRACE;
+    fs::File::open(path).and_then(|file| file.set_modified(then)).unwrap();
+}
+
+#[test]
+fn object_that_is_stored_again_after_gc_has_looked_stays() {
+    let (_dir, cache) = cache();
+    let paths = ["again", "nobody's"].map(|text| {
+        let path = cache.object_path(record(&cache, text).outputs["out"].digest);
+        old(&path);
+        path
+    });
+    let held = cache.held().unwrap();
+    record(&cache, "again");
+    let options = GcOptions { older_than: None, max_bytes: None, dry_run: false };
+    let mut collected = Collected::default();
+    cache.collect_objects(options, &BTreeSet::new(), held, &mut collected).unwrap();
+    assert_eq!(paths.map(|path| path.exists()), [true, false]);
+    assert_eq!((collected.objects, collected.bytes_left), (1, 5));
+    assert_eq!(cache.verify(Digest::of(b"again"), Some(5)), Ok(()));
+}
+
+#[test]
+fn object_that_a_fetched_record_will_need_gets_young_also_where_it_is_another_s() {
+    let (_dir, cache) = cache();
+    let digest = record(&cache, "there").outputs["out"].digest;
+    let path = cache.object_path(digest);
+    old(&path);
+    cache.renew(digest).unwrap();
+    assert!(fs::metadata(&path).unwrap().modified().unwrap() > SystemTime::now() - GRACE);
+    assert_eq!(cache.verify(digest, Some(5)), Ok(()));
+    fs::remove_file(&path).unwrap();
+    assert!(cache.renew(digest).is_err());
 }

@@ -110,7 +110,7 @@ fn verify(cache: &Cache, repair: bool, say: &Say<'_>) -> Result<u8, CommandError
     if !unreadable.is_empty() {
         lines.push(format!(
             "{} cannot be read by this user and may be sound: their owners can let others read \
-             them (`chmod a+r`)",
+             them (`chmod a+r`), and `pipe doctor` says how that need not be done again",
             unreadable.len()
         ));
     }
@@ -119,7 +119,7 @@ fn verify(cache: &Cache, repair: bool, say: &Say<'_>) -> Result<u8, CommandError
         size(*bytes),
         match (damage.len(), repair) {
             (0, _) if unreadable.is_empty() => "all sound".to_owned(),
-            (0, _) => "the rest is sound".to_owned(),
+            (0, _) => "all that may be read is sound".to_owned(),
             (n, false) => format!("{n} damaged; `pipe cache repair` moves them out of the way"),
             (n, true) => format!("{n} damaged; the next run makes them anew"),
         }
@@ -279,11 +279,17 @@ fn pin(project: &Project, stage: &str, pinned: bool, say: &Say<'_>) -> Result<u8
 
 /// What a collection did, for people.
 pub(super) fn described(collected: &Collected, dry_run: bool) -> String {
-    let Collected { records, objects, leftovers, bytes, bytes_left } = collected;
+    let Collected { records, objects, leftovers, bytes, bytes_left, closed } = collected;
     let mut lines: Vec<String> = records
         .iter()
         .map(|(stage, fingerprint)| format!("{stage} {}", &fingerprint[..8]))
         .collect();
+    if *closed > 0 {
+        lines.push(format!(
+            "{closed} records may not be read, so that no object can go: `pipe doctor` says what \
+             to do"
+        ));
+    }
     lines.push(format!(
         "{} {} records, {objects} objects and {leftovers} leftovers: {} freed, {} left",
         if dry_run { "would remove" } else { "removed" },
@@ -305,7 +311,12 @@ pub(super) fn collect_after_run(cache: &Cache, cap: Option<u64>) {
             ));
         }
         Ok(_) => {}
-        Err(error) => tracing::debug!(%error, "could not collect garbage"),
+        Err(error) => {
+            let help = error.help().map(|help| format!(" ({help})")).unwrap_or_default();
+            display::note(&format!(
+                "the cache could not be looked through: {error}{help}; it is tried again in an hour"
+            ));
+        }
     }
 }
 

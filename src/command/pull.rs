@@ -1,6 +1,6 @@
 //! `pipe pull`.
 
-use super::{CommandError, Context, remote, run};
+use super::{CommandError, Context, cache, remote, run};
 use crate::display::{Mode, RunDisplay};
 use crate::event::Event;
 use crate::exit_code;
@@ -19,6 +19,7 @@ pub(super) struct Args {
 
 pub(super) fn run(context: &Context<'_>, args: &Args) -> Result<u8, CommandError> {
     let project = context.project()?;
+    let cap = cache::cap_of_environment()?;
     let selection = project.pipeline.select(&args.names)?;
     let remote = remote::wanted(&project)?;
     let options = PlanOptions::default();
@@ -40,6 +41,9 @@ pub(super) fn run(context: &Context<'_>, args: &Args) -> Result<u8, CommandError
     };
     let planner = project.planner(&options);
     let summary = runner::run(planner, &mut lock, &selection, &run_options, &mut show)?;
+    if summary.fetched > 0 {
+        cache::collect_after_run(&project.cache, cap);
+    }
     Ok(match summary {
         summary if summary.interrupted => exit_code::INTERRUPTED,
         summary if summary.failed > 0 => exit_code::CACHE,

@@ -124,7 +124,7 @@ pub(super) fn execute(
     let summary = summary?;
     log.finish().iter().for_each(|record| project.cache.put_run(record));
     project.lock = lock;
-    if summary.ran > 0 {
+    if summary.ran + summary.fetched > 0 {
         cache::collect_after_run(&project.cache, cap);
     }
     Ok(match summary {

@@ -3,7 +3,7 @@
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::Check;
-use crate::cache::{Cache, Probe};
+use crate::cache::{Cache, Closed, Probe};
 use crate::display::size;
 
 /// Below this nothing can be stored with confidence.
@@ -14,6 +14,8 @@ const LITTLE: u64 = 5 << 30;
 const SKEW_SECONDS: f64 = 5.0;
 /// The stat index trusts a file once it is older than this.
 const TICK_SECONDS: f64 = 2.0;
+/// What the check of owners and modes is called.
+const SHARING: &str = "sharing";
 /// 2024-01-01.
 const EARLIEST_NOW: u64 = 1_704_067_200;
 
@@ -27,6 +29,13 @@ pub(super) fn checks(cache: &Cache) -> Vec<Check> {
             vec![Check::fail("cache", found, help)]
         }
     };
+    checks.push(match cache.closed() {
+        Ok(closed) => sharing(cache, &closed),
+        Err(error) => {
+            let help = error.help().unwrap_or_else(|| "look at that folder".to_owned());
+            Check::warn(SHARING, error.to_string(), help)
+        }
+    });
     let tmp = std::env::temp_dir();
     checks.push(match rustix::fs::statvfs(&tmp) {
         Ok(stat) => {
@@ -56,6 +65,26 @@ fn of_cache(cache: &Cache, probe: &Probe) -> Vec<Check> {
         replacement(probe),
         times(probe),
     ]
+}
+
+/// Folders, and a sample of files, that keep out who shares the cache.
+fn sharing(cache: &Cache, closed: &[Closed]) -> Check {
+    let Some(first) = closed.iter().find(|c| c.to_us).or(closed.first()) else {
+        return Check::ok(SHARING, "nothing that was looked at keeps anybody of its group out");
+    };
+    let path = first.path.strip_prefix(cache.root()).unwrap_or(&first.path);
+    let path = if path.as_os_str().is_empty() { cache.root() } else { path };
+    let whom = if first.to_us { "this user" } else { "its group" };
+    let mut found = format!("{} is {} and keeps {whom} out", path.display(), first.what);
+    if closed.len() > 1 {
+        found.push_str(&format!(", and so do {} more that were looked at", closed.len() - 1));
+    }
+    let root = cache.root().display();
+    let help = format!(
+        "the owner can run `chmod -R g+rwX {root}`; `find {root} -type d -exec chmod g+s {{}} +` \
+         makes what comes later open to the group, whatever the umask"
+    );
+    Check::warn(SHARING, found, help)
 }
 
 fn free_space(name: &'static str, free: u64, place: &str) -> Check {

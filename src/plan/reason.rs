@@ -91,6 +91,11 @@ pub enum Reason {
         /// What is wrong.
         what: String,
     },
+    /// There may be a record, and this user may not read it.
+    Unreadable {
+        /// Whose it is.
+        what: String,
+    },
     /// When it was last asked, the remote had a record that is not to be used.
     RemoteRefused {
         /// Why not.
@@ -224,6 +229,9 @@ impl fmt::Display for Reason {
             Self::Schema => write!(f, "the layout of fingerprints changed"),
             Self::Incomplete { output, what } => {
                 write!(f, "output {output} cannot be used: {what}")
+            }
+            Self::Unreadable { what } => {
+                write!(f, "there may be a record and you may not read it: {what}")
             }
             Self::RemoteRefused { what } => write!(f, "the remote's record is not used: {what}"),
             Self::Required { key, wanted, found } => {

@@ -59,7 +59,8 @@ pub(super) async fn record(
 ) -> Result<u64, RemoteError> {
     let (mut small, mut middle, mut big) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
     let mut need = |digest: Digest, bytes: u64| {
-        if cache.verify(digest, Some(bytes)).is_err() {
+        // One that nothing refers to must not go before the record is here.
+        if cache.verify(digest, Some(bytes)).is_err() || cache.renew(digest).is_err() {
             let class = if bytes <= SMALL {
                 &mut small
             } else if bytes <= PART {
@@ -75,7 +76,7 @@ pub(super) async fn record(
             need(output.digest, output.bytes);
             continue;
         }
-        if cache.tree(output.digest).is_err() {
+        if cache.tree(output.digest).is_err() || cache.renew(output.digest).is_err() {
             listing(remote, store, cache, output.digest).await?;
         }
         let damaged = |what| RemoteError::Damaged(format!("a listing of the remote {what}"));

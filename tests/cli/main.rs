@@ -31,6 +31,7 @@ mod quickstart;
 mod remote;
 mod requirements;
 mod schema;
+mod sharing;
 mod space;
 mod sweeps;
 #[cfg(feature = "stages")]

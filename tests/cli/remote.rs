@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
 
 use crate::http::Server;
 use crate::space::{DIAMOND, Ran, Space, ran};
@@ -71,6 +72,41 @@ fn run_adds_what_it_made_and_its_remote_has_the_layout_of_a_cache() {
     assert!(again.err.contains("0 pushed, 4 there already"), "{}", again.err);
     let changed = with(&space, &["run", "--set", "left=three"], &[]).code(0);
     assert_eq!(changed.err.matches(": pushed").count(), 3, "{}", changed.err);
+}
+
+#[test]
+fn what_lies_in_the_cache_already_gets_young_when_its_record_is_fetched() {
+    let space = shared("");
+    with(&space, &["run"], &[]).code(0);
+    with(&space, &["push"], &[("CI", "true")]).code(0);
+    fs::remove_dir_all(space.cache().join("records-v1")).unwrap();
+    let then = SystemTime::now() - Duration::from_secs(3 * 3600);
+    for object in space.objects() {
+        fs::File::open(&object).and_then(|file| file.set_modified(then)).unwrap();
+    }
+    with(&space, &["pull", "left"], &[]).code(0);
+    for object in space.objects() {
+        let young = fs::metadata(&object).unwrap().modified().unwrap() > then;
+        assert_eq!(young, fs::read_to_string(&object).unwrap() == "one\n", "{object:?}");
+    }
+}
+
+#[test]
+fn cache_over_the_cap_is_collected_after_what_was_only_fetched() {
+    let space = shared("");
+    with(&space, &["run"], &[]).code(0);
+    with(&space, &["push"], &[("CI", "true")]).code(0);
+    let then = SystemTime::now() - Duration::from_secs(15 * 24 * 3600);
+    for fetch in ["run", "pull"] {
+        forget(&space);
+        let left = space.cache().join("quarantine/left");
+        fs::create_dir_all(left.parent().unwrap()).unwrap();
+        fs::write(&left, "something").unwrap();
+        fs::File::open(&left).and_then(|file| file.set_modified(then)).unwrap();
+        let fetched = with(&space, &[fetch], &[("PIPE_CACHE_CAP", "1")]).code(0).err;
+        assert!(fetched.contains("the cache was looked through"), "{fetch}: {fetched}");
+        assert!(!left.exists(), "{fetch}");
+    }
 }
 
 #[test]
