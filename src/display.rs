@@ -98,6 +98,15 @@ pub fn report(diagnostic: &dyn Diagnostic) {
     note(&render(diagnostic, color(), width()));
 }
 
+/// Says what to do about a panic.
+pub fn defect() {
+    note(concat!(
+        "this is a defect of pipe ",
+        env!("CARGO_PKG_VERSION"),
+        ": please report the lines above and the command; what is in the cache stays sound"
+    ));
+}
+
 /// A report as text, `width` columns wide.
 pub fn render(diagnostic: &dyn Diagnostic, color: bool, width: usize) -> String {
     let theme = if color { GraphicalTheme::unicode() } else { GraphicalTheme::unicode_nocolor() };
