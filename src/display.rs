@@ -125,8 +125,13 @@ pub fn color() -> bool {
 }
 
 fn width() -> usize {
-    let columns = rustix::termios::tcgetwinsize(io::stderr()).map_or(0, |size| size.ws_col);
-    if columns == 0 { 100 } else { usize::from(columns).clamp(40, 120) }
+    columns().map_or(100, |columns| columns.clamp(40, 120))
+}
+
+/// Columns of the terminal that standard error is; `None` where it says none.
+fn columns() -> Option<usize> {
+    let size = rustix::termios::tcgetwinsize(io::stderr()).ok()?;
+    (size.ws_col > 0).then_some(size.ws_col.into())
 }
 
 /// `0.4 s`, `37 s`, `6 min 12 s`, `2 h 05 min`.
