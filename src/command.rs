@@ -21,6 +21,7 @@ mod revision;
 mod run;
 mod runs;
 mod schema;
+mod selection;
 mod side;
 mod watch;
 mod why;
@@ -308,12 +309,12 @@ pub fn main(kinds: &[&dyn StageKind]) -> ExitCode {
     {
         return process::stage_main(kinds, Path::new(&request));
     }
-    let cli = match Cli::try_parse_from(std::env::args_os()) {
     ExitCode::from(exit_code::of(|| command_line(kinds), display::defect))
 }
 
 /// What the command line asks for; its exit code.
 fn command_line(kinds: Kinds<'_>) -> u8 {
+    let cli = match Cli::try_parse_from(std::env::args_os()) {
         Ok(cli) => cli,
         Err(error) => {
             // Help and version are data; clap prints them where they belong.

@@ -14,7 +14,7 @@ use std::io::{self, IsTerminal, Write};
 use miette::{Diagnostic, GraphicalReportHandler, GraphicalTheme};
 
 pub use table::table;
-pub use trace::Trace;
+pub use trace::{Trace, TraceFile};
 
 use crate::event::Event;
 

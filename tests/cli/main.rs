@@ -4,6 +4,7 @@
 
 mod cache;
 mod caching;
+mod choices;
 mod commands;
 mod comparisons;
 mod dags;
