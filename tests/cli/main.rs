@@ -11,6 +11,7 @@ mod dags;
 mod damage;
 mod diagnostics;
 mod doctor;
+mod events;
 mod failures;
 #[cfg(feature = "remote")]
 mod http;
