@@ -2,10 +2,15 @@
 # Several hosts and two users on one cache on real NFS, also where this kernel has none: a virtual machine with
 # Debian's kernel serves a folder to itself on loopback, twice mounted without a shared cache, so that each
 # mount is another client. Runs benches/network.py there, kills of benches/kill_storm.py, and `pipe doctor`.
+# Exit code 1 where one of them failed or did not come to its end, 77 where there is no virtual machine to be had.
 #   bash benches/nfs.sh PIPE [SECONDS [PROCESSES [KILLS]]]
 # Needs root, /dev/kvm, 4 GiB of disk; installs qemu-system-x86 and mmdebstrap where they are missing.
 set -euo pipefail
 pipe="$(realpath "$1")" seconds="${2:-120}" processes="${3:-8}" kills="${4:-300}"
+if [ "$(id -u)" != 0 ] || [ ! -w /dev/kvm ]; then
+  echo 'needs root and /dev/kvm' >&2
+  exit 77
+fi
 here="$(cd "$(dirname "$0")" && pwd)"
 work="${PIPE_VM:-$(mktemp -d -t pipe-nfs-XXXX)}"
 mkdir -p "$work"
@@ -52,8 +57,16 @@ chmod +x "$root/trial/init"
 image="$work/disk.img"
 rm -f "$image"
 mke2fs -q -t ext4 -d "$root" "$image" 6G
+status=0
 timeout 3000 qemu-system-x86_64 -enable-kvm -cpu host,arch-capabilities=off -smp 2 -m 3G -display none -serial stdio -no-reboot -nic none \
   -kernel "$(ls "$root"/boot/vmlinuz-* | tail -1)" -initrd "$(ls "$root"/boot/initrd.img-* | tail -1)" \
   -drive "file=$image,if=virtio,format=raw,cache=unsafe" \
-  -append "root=/dev/vda rw console=ttyS0 quiet panic=-1 init=/trial/init"
+  -append "root=/dev/vda rw console=ttyS0 quiet panic=-1 init=/trial/init" | tee "$work/console" || status=$?
+# The machine's own exit code says nothing: what ran inside wrote its own.
+ended="$(tr -d '\r' <"$work/console" | { grep -E '^(exit [0-9]+|no mount|== over)$' || true; } |
+  LC_ALL=C sort | uniq -c | tr -s ' \n' ' ')"
 [ -n "${PIPE_VM:-}" ] || rm -rf "$work"
+if [ "$ended" != ' 1 == over 4 exit 0 ' ]; then
+  echo "failed: of four trials and the end of the machine (exit code $status), these were seen:$ended" >&2
+  exit 1
+fi

@@ -24,6 +24,8 @@ from pathlib import Path
 
 KEY, SECRET, BUCKET = "trial-key", "trial-secret", "bucket"
 TOGETHER = "32"
+# Small objects, large ones and their bytes, which are enough for a multipart upload.
+TRIAL = 50, 2, 70 << 20
 
 PIPELINE = """\
 remote: {{url: "s3://{bucket}/{prefix}", write: always}}
@@ -107,7 +109,7 @@ def check(what, holds):
 
 def trials(t):
     off = {"PIPE_REMOTE": "none"}
-    t.write("trials", 50, 2, 100 << 20)
+    t.write("trials", *TRIAL)
     t.run("run", **off)
     text = t.run("push")
     check("push stores both stages", "2 pushed, 0 there already" in text)
@@ -152,6 +154,13 @@ def trials(t):
     check(f"a server that is down costs one warning ({time.monotonic() - clock:.1f} s with the run)",
           text.count("warning") == 1 and "2 run" in text)
     t.start()
+    t.run("push")
+    t.drop("dying")
+    clock = time.monotonic()
+    killed, code, text = server_dies(t, "dying")
+    check(f"a server killed in the middle of a run costs one warning ({time.monotonic() - clock:.1f} s with the run)",
+          killed and code == 0 and text.count("warning") == 1 and " failed" not in text)
+    t.run("plan", "--check", cache="dying")
 
     cut = cut_off(t, ["push"], "cache", "cut", lambda: any(t.data.glob(".upload_id-*.part-*")))
     left = [p for p in t.data.glob(".upload_id-*.part-*")]
@@ -168,7 +177,7 @@ def trials(t):
 
 def cut_off(t, args, cache, prefix, begun):
     """Kills a transfer as soon as `begun` says that some of it has arrived."""
-    t.write(prefix, 50, 2, 100 << 20)
+    t.write(prefix, *TRIAL)
     command = [t.pipe, *args, "--cache", str(t.root / cache)]
     child = subprocess.Popen(command, cwd=t.project, env=t.env, stdout=subprocess.DEVNULL,
                              stderr=subprocess.DEVNULL)
@@ -178,6 +187,21 @@ def cut_off(t, args, cache, prefix, begun):
     child.send_signal(signal.SIGKILL)
     child.wait()
     return killed
+
+
+def server_dies(t, cache):
+    """A run that fetches until the server is killed, which is started again."""
+    command = [t.pipe, "run", "--cache", str(t.root / cache)]
+    child = subprocess.Popen(command, cwd=t.project, env=t.env, text=True,
+                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    begun = lambda: any(m.stat().st_size for m in (t.root / cache / "tmp").glob("*.marks"))
+    while child.poll() is None and not begun():
+        time.sleep(0.002)
+    killed = child.poll() is None
+    t.stop()
+    _, text = child.communicate()
+    t.start()
+    return killed, child.returncode, text
 
 
 def rclone(t, source, target):

@@ -21,6 +21,7 @@ mod revision;
 mod run;
 mod runs;
 mod schema;
+mod selection;
 mod side;
 mod watch;
 mod why;
@@ -309,17 +310,21 @@ pub fn main(kinds: &[&dyn StageKind]) -> ExitCode {
     {
         return process::stage_main(kinds, Path::new(&request));
     }
+    ExitCode::from(exit_code::of(|| command_line(kinds), display::defect))
+}
+
+/// What the command line asks for; its exit code.
+fn command_line(kinds: Kinds<'_>) -> u8 {
     let cli = match Cli::try_parse_from(std::env::args_os()) {
         Ok(cli) => cli,
         Err(error) => {
             // Help and version are data; clap prints them where they belong.
             let _ = error.print();
-            return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(exit_code::USAGE));
+            return u8::try_from(error.exit_code()).unwrap_or(exit_code::USAGE);
         }
     };
     if let Err(error) = trace(&cli.shared) {
-        display::report(&error);
-        return ExitCode::from(error.exit_code());
+        return report(&error);
     }
     let context = Context { shared: cli.shared, kinds };
     let result = match cli.command {
@@ -345,7 +350,7 @@ pub fn main(kinds: &[&dyn StageKind]) -> ExitCode {
         Command::Lock(args) => lock::run(&args),
         Command::Schema(args) => Ok(schema::run(&context, &args)),
     };
-    ExitCode::from(result.unwrap_or_else(|error| report(&error)))
+    result.unwrap_or_else(|error| report(&error))
 }
 
 /// Shows an error; the exit code that it is worth.

@@ -14,7 +14,7 @@ use std::io::{self, IsTerminal, Write};
 use miette::{Diagnostic, GraphicalReportHandler, GraphicalTheme};
 
 pub use table::table;
-pub use trace::Trace;
+pub use trace::{Trace, TraceFile};
 
 use crate::event::Event;
 
@@ -98,6 +98,15 @@ pub fn report(diagnostic: &dyn Diagnostic) {
     note(&render(diagnostic, color(), width()));
 }
 
+/// Says what to do about a panic.
+pub fn defect() {
+    note(concat!(
+        "this is a defect of pipe ",
+        env!("CARGO_PKG_VERSION"),
+        ": please report the lines above and the command; what is in the cache stays sound"
+    ));
+}
+
 /// A report as text, `width` columns wide.
 pub fn render(diagnostic: &dyn Diagnostic, color: bool, width: usize) -> String {
     let theme = if color { GraphicalTheme::unicode() } else { GraphicalTheme::unicode_nocolor() };
@@ -116,8 +125,13 @@ pub fn color() -> bool {
 }
 
 fn width() -> usize {
-    let columns = rustix::termios::tcgetwinsize(io::stderr()).map_or(0, |size| size.ws_col);
-    if columns == 0 { 100 } else { usize::from(columns).clamp(40, 120) }
+    columns().map_or(100, |columns| columns.clamp(40, 120))
+}
+
+/// Columns of the terminal that standard error is; `None` where it says none.
+fn columns() -> Option<usize> {
+    let size = rustix::termios::tcgetwinsize(io::stderr()).ok()?;
+    (size.ws_col > 0).then_some(size.ws_col.into())
 }
 
 /// `0.4 s`, `37 s`, `6 min 12 s`, `2 h 05 min`.

@@ -7,12 +7,12 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use crate::cache::{Cache, CacheError};
+use crate::cache::{Cache, CacheError, TreeEntry};
 use crate::digest::Digest;
 use crate::fingerprint::canonical;
 use crate::pipeline::{Gathered, point_label};
 use crate::plan::Records;
-use crate::record::OutputRecord;
+use crate::record::{OutputRecord, Record};
 
 /// Name of the listing inside the folder.
 pub const INDEX: &str = "index.json";
@@ -71,6 +71,28 @@ pub fn materialise(
     let index: Value = entries.iter().map(Entry::listed).collect();
     let text = serde_json::to_vec_pretty(&index).unwrap_or_default();
     cache.write_working_file(&to.join(INDEX), &text)
+}
+
+/// The files of the folder, as far as explanations need them: a point's folder whose listing is
+/// gone counts as one file.
+pub fn files(gathered: &Gathered, made: Vec<(&str, &Record)>, cache: &Cache) -> Vec<TreeEntry> {
+    let mut files = Vec::new();
+    for (stage, record) in made {
+        let Some(output) = record.outputs.get(&gathered.output) else { continue };
+        let path = format!("{}/{}", point_label(stage), output.file_name);
+        // A file's digest names no listing, and reading it as one could take long.
+        let tree = output.form == contract::OutputForm::Tree;
+        if let Some(below) = if tree { cache.listed(output.digest) } else { None } {
+            files.extend(below.into_iter().map(|entry| {
+                let path = format!("{path}/{}", entry.path);
+                TreeEntry { path, ..entry }
+            }));
+        } else {
+            let (bytes, digest) = (output.bytes, output.digest);
+            files.push(TreeEntry { path, exec: false, bytes, digest });
+        }
+    }
+    files
 }
 
 fn entries<'a>(gathered: &'a Gathered, records: &'a Records) -> Result<Vec<Entry<'a>>, String> {

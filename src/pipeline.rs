@@ -11,7 +11,7 @@ mod profile;
 mod read;
 mod variables;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -224,7 +224,7 @@ impl Pipeline {
     /// # Errors
     /// [`PipelineError`] for a name that is neither, with a suggestion.
     pub fn select(&self, names: &[String]) -> Result<Vec<String>, PipelineError> {
-        let mut selected = Vec::new();
+        let mut selected = Selected::default();
         if !names.is_empty() {
             for name in names {
                 self.resolve_name(name, &mut selected)?;
@@ -232,21 +232,18 @@ impl Pipeline {
         } else if self.targets.contains_key("default") {
             self.resolve_name("default", &mut selected)?;
         } else {
-            selected.extend(self.stages.iter().map(|s| s.name.clone()));
+            return Ok(self.stages.iter().map(|s| s.name.clone()).collect());
         }
-        Ok(selected)
+        Ok(selected.names)
     }
 
-    fn resolve_name(&self, name: &str, into: &mut Vec<String>) -> Result<(), PipelineError> {
+    fn resolve_name(&self, name: &str, into: &mut Selected) -> Result<(), PipelineError> {
         if name.contains('@') && !self.targets.contains_key(name) {
-            let known: BTreeSet<String> = into.iter().cloned().collect();
-            into.extend(self.resolve_points(name)?.into_iter().filter(|p| !known.contains(p)));
+            self.resolve_points(name)?.into_iter().for_each(|point| into.add(point));
             return Ok(());
         }
         if self.stage(name).is_some() {
-            if !into.iter().any(|n| n == name) {
-                into.push(name.to_owned());
-            }
+            into.add(name.to_owned());
             return Ok(());
         }
         if let Some(members) = self.targets.get(name) {
@@ -277,6 +274,21 @@ impl Pipeline {
         };
         let message = format!("no point `{name}` in {}", self.path.display());
         Err(PipelineError::plain(message, help))
+    }
+}
+
+/// Names in the order in which they were first given.
+#[derive(Default)]
+struct Selected {
+    names: Vec<String>,
+    known: HashSet<String>,
+}
+
+impl Selected {
+    fn add(&mut self, name: String) {
+        if self.known.insert(name.clone()) {
+            self.names.push(name);
+        }
     }
 }
 

@@ -237,7 +237,7 @@ impl Planner<'_> {
     ) -> Result<Decided, PlanError> {
         let identity = self.identity(stage, records, lock)?;
         let fingerprint = identity.fingerprint();
-        let decision = self.decision(stage, &identity, fingerprint)?;
+        let decision = self.decision(stage, &identity, fingerprint, records)?;
         let may_run = self.options.only.as_ref().is_none_or(|only| only.contains(&stage.name));
         if !may_run && matches!(decision, Decision::Run { .. }) {
             return Err(PlanError::NotCached { stage: stage.name.clone() });
@@ -250,6 +250,7 @@ impl Planner<'_> {
         stage: &Stage,
         identity: &Identity,
         fingerprint: Fingerprint,
+        records: &Records,
     ) -> Result<Decision, PlanError> {
         let run = |reason| Ok(Decision::Run { reasons: vec![reason] });
         if self.options.force.contains(&stage.name) {
@@ -261,7 +262,7 @@ impl Planner<'_> {
         let Some(record) = self.cache.record(&stage.kind, fingerprint)? else {
             let last = self.cache.last(&self.pipeline.name, &stage.name);
             let mut reasons = match last {
-                Some(last) => self.changes(stage, &last.identity, identity),
+                Some(last) => self.changes(stage, &last.identity, identity, records),
                 None => vec![Reason::NeverRan],
             };
             if let Some(what) = self.cache.unreadable(&stage.kind, fingerprint) {
@@ -431,7 +432,7 @@ impl Planner<'_> {
         let upstream = earlier.upstream.clone();
         let identity = Self::without_inputs(stage, lock, inputs, upstream);
         let changed = identity.fingerprint() != earlier.fingerprint();
-        Ok(if changed { self.changes(stage, earlier, &identity) } else { Vec::new() })
+        Ok(if changed { self.changes(stage, earlier, &identity, records) } else { Vec::new() })
     }
 }
 

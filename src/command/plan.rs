@@ -1,34 +1,25 @@
 //! `pipe plan`.
 
+use super::selection::Selection;
 use super::{CommandError, Context, remote};
 use crate::cache::unix_seconds;
 use crate::display::{self, duration};
 use crate::exit_code;
-use crate::plan::{Decision, Plan, PlanOptions, PlannedStage};
+use crate::plan::{Decision, Plan, PlannedStage};
 use crate::remote::Settings;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// Stages or targets [default: the target `default`, else every stage]
-    #[arg(value_name = "STAGE|TARGET")]
-    names: Vec<String>,
+    #[command(flatten)]
+    selection: Selection,
     /// Exit with code 6 when anything would or might run
     #[arg(long)]
     check: bool,
-    /// Plan as `run --force` would
-    #[arg(long)]
-    force: bool,
 }
 
 pub(super) fn run(context: &Context<'_>, args: &Args) -> Result<u8, CommandError> {
     let project = context.project()?;
-    let selection = project.pipeline.select(&args.names)?;
-    let mut options = PlanOptions::default();
-    if args.force {
-        let all = project.graph.with_upstream(&selection);
-        options.force =
-            if args.names.is_empty() { all } else { selection.clone() }.into_iter().collect();
-    }
+    let (selection, options) = args.selection.resolve(&project)?;
     let plan = project.planner(&options).plan(&selection, &project.lock)?;
     let remote = remote::settings(&project)?.filter(Settings::reads);
     if context.shared.json {

@@ -30,6 +30,12 @@ pub(super) fn run(context: &Context<'_>, args: &Args) -> Result<u8, CommandError
     if !settings.writes() {
         let (message, help) = if settings.is_http() {
             ("plain HTTP can be read only".to_owned(), "name the store itself: s3://, gs://, az://")
+        } else if settings.is_unaccepted() {
+            (
+                "this is the build of a pull request, which does not write with `write: ci`"
+                    .to_owned(),
+                "builds of accepted code write; PIPE_REMOTE_WRITE=always overrides the pipeline file",
+            )
         } else {
             let policy = settings.write;
             (

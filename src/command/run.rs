@@ -1,36 +1,24 @@
 //! `pipe run`.
 
-use std::collections::BTreeSet;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use contract::Progress;
 
-use super::{CommandError, Context, Project, cache, remote};
+use super::selection::Selection;
+use super::{CommandError, Context, cache, remote};
 use crate::cache::Cache;
-use crate::display::{Mode, RunDisplay, Trace};
+use crate::display::{self, Mode, RunDisplay, TraceFile};
 use crate::event::Event;
 use crate::exit_code;
-use crate::plan::PlanOptions;
 use crate::runner::{self, RunOptions};
 use crate::runs::RunLog;
 
 #[derive(Debug, clap::Args)]
-#[allow(clippy::struct_excessive_bools, reason = "one a flag")]
 pub(super) struct Args {
-    /// Stages or targets [default: the target `default`, else every stage]
-    #[arg(value_name = "STAGE|TARGET")]
-    names: Vec<String>,
-    /// Run the named stages although they are cached (without names: every stage of the run)
-    #[arg(long)]
-    force: bool,
-    /// Run nothing but the named stages; what they need must be cached
-    #[arg(long)]
-    only: bool,
-    /// Run this stage and everything downstream of it although they are cached
-    #[arg(long, value_name = "STAGE")]
-    from: Option<String>,
+    #[command(flatten)]
+    selection: Selection,
     /// Stages that may run at the same time [default: cores, at most 4]
     #[arg(short = 'j', long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     jobs: Option<u16>,
@@ -52,17 +40,8 @@ pub(super) struct Args {
 impl Args {
     /// A run of some names without further wishes.
     pub(super) fn of(names: Vec<String>, jobs: Option<u16>, keep_going: bool) -> Self {
-        Self {
-            names,
-            force: false,
-            only: false,
-            from: None,
-            jobs,
-            keep_going,
-            logs: false,
-            cache_cap: None,
-            trace: None,
-        }
+        let selection = Selection::of(names);
+        Self { selection, jobs, keep_going, logs: false, cache_cap: None, trace: None }
     }
 }
 
@@ -78,8 +57,7 @@ pub(super) fn execute(
 ) -> Result<u8, CommandError> {
     let mut project = context.project()?;
     let cap = args.cache_cap.map_or_else(cache::cap_of_environment, |cap| Ok(cap.0))?;
-    let selection = project.pipeline.select(&args.names)?;
-    let options = plan_options(&project, args, &selection)?;
+    let (selection, options) = args.selection.resolve(&project)?;
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let profile = project.pipeline.profile.as_ref();
     let jobs = args.jobs.or(profile.and_then(|p| p.jobs));
@@ -100,11 +78,11 @@ pub(super) fn execute(
 
     let mut lock = project.lock.clone();
     let planner = project.planner(&options);
-    let mut log = RunLog::new(&project.pipeline, &args.names, &sets);
-    let mut trace = args.trace.as_ref().map(|path| (path, Trace::default()));
+    let mut log = RunLog::new(&project.pipeline, &args.selection.names, &sets);
+    let mut trace = args.trace.as_deref().map(trace_file).transpose()?;
     let mut show = |event| {
         log.observe(&event);
-        if let Some((_, trace)) = &mut trace {
+        if let Some(trace) = &mut trace {
             trace.add(&event);
         }
         display.show(&event);
@@ -115,11 +93,9 @@ pub(super) fn execute(
         }
     };
     let summary = runner::run(planner, &mut lock, &selection, &run_options, &mut show);
-    if let Some((path, trace)) = &trace {
-        trace.write(path).map_err(|e| {
-            let message = format!("could not write {}: {e}", path.display());
-            CommandError::usage(message, "`--trace` takes a file that can be written")
-        })?;
+    // A disk that is full by now costs the trace and nothing else.
+    if let Some(Err(error)) = trace.map(TraceFile::finish) {
+        display::note(&format!("warning: the trace could not be written: {error}"));
     }
     let summary = summary?;
     log.finish().iter().for_each(|record| project.cache.put_run(record));
@@ -134,28 +110,12 @@ pub(super) fn execute(
     })
 }
 
-/// What `--force`, `--from` and `--only` mean for the plan.
-fn plan_options(
-    project: &Project,
-    args: &Args,
-    selection: &[String],
-) -> Result<PlanOptions, CommandError> {
-    let needed = project.graph.with_upstream(selection);
-    let mut options = PlanOptions::default();
-    if args.force {
-        let named: BTreeSet<String> = selection.iter().cloned().collect();
-        options.force =
-            if args.names.is_empty() { needed.iter().cloned().collect() } else { named };
-    }
-    if let Some(from) = &args.from {
-        project.stage(from)?;
-        let below = project.graph.with_downstream(std::slice::from_ref(from));
-        options.force.extend(below.into_iter().filter(|s| needed.contains(s)));
-    }
-    if args.only {
-        options.only = Some(selection.iter().cloned().collect());
-    }
-    Ok(options)
+/// Opens the file of `--trace`, before the run has anything to lose.
+fn trace_file(path: &Path) -> Result<TraceFile, CommandError> {
+    TraceFile::create(path).map_err(|e| {
+        let message = format!("could not write {}: {e}", path.display());
+        CommandError::usage(message, "`--trace` takes a file that can be written")
+    })
 }
 
 /// Counts the interrupts by the user from now on.

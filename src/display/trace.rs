@@ -4,6 +4,8 @@
 //! microseconds since the run started; each stage that runs takes the lowest free row.
 
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{self, Write};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -131,13 +133,35 @@ impl Trace {
     pub fn to_json(&self) -> Value {
         json!({"displayTimeUnit": "ms", "traceEvents": self.events})
     }
+}
 
-    /// Writes the trace to a file.
+/// A trace on its way to a file.
+#[derive(Debug)]
+pub struct TraceFile {
+    trace: Trace,
+    file: File,
+}
+
+impl TraceFile {
+    /// Opens the file before there is anything to lose.
     ///
     /// # Errors
     /// What the file system said.
-    pub fn write(&self, path: &Path) -> std::io::Result<()> {
-        std::fs::write(path, format!("{}\n", self.to_json()))
+    pub fn create(path: &Path) -> io::Result<Self> {
+        Ok(Self { trace: Trace::default(), file: File::create(path)? })
+    }
+
+    /// Takes one event that happened just now.
+    pub fn add(&mut self, event: &Event) {
+        self.trace.add(event);
+    }
+
+    /// Writes the trace.
+    ///
+    /// # Errors
+    /// What the file system said.
+    pub fn finish(mut self) -> io::Result<()> {
+        writeln!(self.file, "{}", self.trace.to_json())
     }
 }
 

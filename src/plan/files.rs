@@ -43,6 +43,9 @@ impl FileChanges {
 
 impl fmt::Display for FileChanges {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if *self == Self::default() {
+            return f.write_str("the same files");
+        }
         let mut parts = Vec::new();
         for (what, paths) in
             [("added", &self.added), ("removed", &self.removed), ("changed", &self.changed)]

@@ -3,10 +3,12 @@
 use serde::Serialize;
 
 use super::{Decision, FileChanges, PlanError, Planner, Reason, Records, reason};
+use crate::cache::TreeEntry;
 use crate::digest::{Digest, Fingerprint};
 use crate::fingerprint::Identity;
+use crate::gather;
 use crate::lockfile::Lockfile;
-use crate::pipeline::{InputRef, Stage};
+use crate::pipeline::{Gathered, InputRef, Stage};
 use crate::record::Record;
 
 /// How a stage as it is written now differs from an earlier execution.
@@ -47,8 +49,11 @@ impl Planner<'_> {
             let identity = self.identity(stage, &known, lock)?;
             let now = identity.fingerprint();
             let same = now == earlier.fingerprint;
-            let differences =
-                if same { Vec::new() } else { self.changes(stage, &earlier.identity, &identity) };
+            let differences = if same {
+                Vec::new()
+            } else {
+                self.changes(stage, &earlier.identity, &identity, &known)
+            };
             (Some(now), differences)
         } else {
             (None, self.known_changes(stage, &earlier.identity, &known, lock)?)
@@ -57,39 +62,91 @@ impl Planner<'_> {
     }
 
     /// Every difference between two identities, with the files inside changed folders named.
-    pub(super) fn changes(&self, stage: &Stage, old: &Identity, new: &Identity) -> Vec<Reason> {
+    pub(super) fn changes(
+        &self,
+        stage: &Stage,
+        old: &Identity,
+        new: &Identity,
+        known: &Records,
+    ) -> Vec<Reason> {
         let mut found = reason::changes(stage, old, new);
         for reason in &mut found {
-            let Reason::Input { input, files, .. } = reason else { continue };
+            let Reason::Input { input, files, forgotten, .. } = reason else { continue };
             let digests = (old.inputs.get(input), new.inputs.get(input));
-            if let (Some(before), Some(after)) = digests {
-                *files = self.file_changes(stage, input, *before, *after);
-            }
+            let (Some(before), Some(after)) = digests else { continue };
+            (*files, *forgotten) = match &stage.inputs.get(input).map(|i| &i.from) {
+                Some(InputRef::Gathered(gathered)) => {
+                    let find = || self.gathered_changes(gathered, old, known);
+                    let changes = known.differing((*before, *after), find);
+                    (changes.clone(), changes.is_none())
+                }
+                Some(from) => self.file_changes(from, *before, *after),
+                None => continue,
+            };
         }
         found
     }
 
+    /// The files by which two states of a folder differ, or that the old ones are forgotten.
     fn file_changes(
         &self,
-        stage: &Stage,
-        input: &str,
+        from: &InputRef,
         before: Digest,
         after: Digest,
-    ) -> Option<FileChanges> {
+    ) -> (Option<FileChanges>, bool) {
         // A file's digest names no listing, and reading it as one could take long.
-        let after = match &stage.inputs.get(input)?.from {
-            InputRef::Local(path) => {
-                let path = self.pipeline.dir.join(path);
-                if path.is_dir() { self.cache.listed(after) } else { None }
+        let folder = match from {
+            InputRef::Local(path) => self.pipeline.dir.join(path).is_dir(),
+            InputRef::Output { stage, output } => {
+                let spec = self.pipeline.stage(stage).and_then(|s| s.output(output));
+                spec.is_some_and(|spec| spec.form == contract::OutputForm::Tree)
             }
-            InputRef::Output { stage: from, output } => {
-                let form = self.pipeline.stage(from)?.output(output)?.form;
-                let tree = form == contract::OutputForm::Tree;
-                if tree { self.cache.listed(after) } else { None }
-            }
-            InputRef::Gathered(_) => None,
+            InputRef::Gathered(_) => false,
         };
-        let after = after?;
-        Some(FileChanges::between(&self.cache.listed(before)?, &after))
+        let listed = |digest| if folder { self.cache.listed(digest) } else { None };
+        let Some(after) = listed(after) else { return (None, false) };
+        let before = listed(before);
+        let changes = before.map(|before| FileChanges::between(&before, &after));
+        let forgotten = changes.is_none();
+        (changes, forgotten)
     }
+
+    /// The files by which a gathered input differs from what it was.
+    fn gathered_changes(
+        &self,
+        gathered: &Gathered,
+        earlier: &Identity,
+        known: &Records,
+    ) -> Option<FileChanges> {
+        let stages = gathered.members.iter().map(|m| m.stage.as_str());
+        let records = stages.map(|name| Some((name, known.get(name)?.as_ref())));
+        let after = gather::files(gathered, records.collect::<Option<_>>()?, self.cache);
+        Some(FileChanges::between(&self.gathered_before(gathered, earlier)?, &after))
+    }
+
+    /// The files of a gathered input of an earlier execution: what its points made in the run that
+    /// this was part of.
+    fn gathered_before(&self, gathered: &Gathered, earlier: &Identity) -> Option<Vec<TreeEntry>> {
+        let of = earlier.fingerprint();
+        let runs = self.cache.runs().ok()?;
+        let run = runs.into_iter().find(|run| {
+            run.stages.iter().any(|s| s.fingerprint == Some(of) && s.kind == earlier.kind)
+        })?;
+        let points = run.stages.iter().filter(|s| is_point(&s.stage, &gathered.stage));
+        let records = points.map(|point| {
+            let record = self.cache.record(&point.kind, point.fingerprint?).ok()??;
+            Some((point.stage.as_str(), record))
+        });
+        let records: Vec<_> = records.collect::<Option<_>>()?;
+        if records.is_empty() {
+            return None;
+        }
+        let records = records.iter().map(|(name, record)| (*name, record)).collect();
+        Some(gather::files(gathered, records, self.cache))
+    }
+}
+
+/// Whether a stage is a point of `swept`, the default one included.
+fn is_point(name: &str, swept: &str) -> bool {
+    name.strip_prefix(swept).is_some_and(|rest| rest.is_empty() || rest.starts_with('@'))
 }

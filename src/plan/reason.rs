@@ -44,6 +44,9 @@ pub enum Reason {
         /// The files that differ, where it is a folder and the cache knows both states.
         #[serde(skip_serializing_if = "Option::is_none")]
         files: Option<FileChanges>,
+        /// It is a folder, and the cache no longer knows the files that it had.
+        #[serde(skip_serializing_if = "std::ops::Not::not")]
+        forgotten: bool,
     },
     /// The kind's version differs: its outputs mean something else now.
     Version {
@@ -165,6 +168,7 @@ fn inputs(stage: &Stage, old: &Identity, new: &Identity, found: &mut Vec<Reason>
             new: short(b),
             from,
             files: None,
+            forgotten: false,
         });
     }
 }
@@ -204,10 +208,13 @@ impl fmt::Display for Reason {
                 let (old, new) = beside(old.as_ref(), new.as_ref(), "(absent)");
                 write!(f, "{path}: {old} -> {new}")
             }
-            Self::Input { input, old, new, from, files } => {
+            Self::Input { input, old, new, from, files, forgotten } => {
                 let (old, new) = (or(old.as_ref(), "(absent)"), or(new.as_ref(), "(absent)"));
                 let from = if from.is_empty() { String::new() } else { format!(" (from {from})") };
                 write!(f, "input {input}: {old} -> {new}{from}")?;
+                if *forgotten {
+                    write!(f, ": which files differ is not known, its old listing is gone")?;
+                }
                 files.as_ref().map_or(Ok(()), |files| write!(f, ": {files}"))
             }
             Self::Version { old, new } => write!(f, "version of the stage kind: {old} -> {new}"),

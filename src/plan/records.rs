@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use super::FileChanges;
 use crate::digest::{Digest, Fingerprint};
 use crate::pipeline::{Gathered, Member};
 use crate::record::Record;
@@ -14,8 +15,11 @@ pub struct Records {
     /// Digests of gathered inputs, which many stages share, by output and address of the list of
     /// points; the list is kept so that its address stays its own.
     gathered: Mutex<HashMap<Key, Remembered>>,
+    /// How two states of a gathered input differ: thousands of stages may ask the same.
+    differing: Arc<Mutex<Differing>>,
 }
 
+type Differing = HashMap<(Digest, Digest), Option<FileChanges>>;
 type Key = (String, usize);
 type Remembered = (Arc<[Member]>, Digest);
 
@@ -56,7 +60,18 @@ impl Records {
             let (name, record) = self.by_stage.get_key_value(name)?;
             Some((name.clone(), Arc::clone(record)))
         });
-        Self { by_stage: found.collect(), gathered: Mutex::default() }
+        let differing = Arc::clone(&self.differing);
+        Self { by_stage: found.collect(), gathered: Mutex::default(), differing }
+    }
+
+    /// How two states of a gathered input differ, worked out once.
+    pub(crate) fn differing(
+        &self,
+        states: (Digest, Digest),
+        find: impl FnOnce() -> Option<FileChanges>,
+    ) -> Option<FileChanges> {
+        let mut known = self.differing.lock().unwrap_or_else(PoisonError::into_inner);
+        known.entry(states).or_insert_with(find).clone()
     }
 
     /// Digest of a gathered input, if it was worked out before; then every point is known.

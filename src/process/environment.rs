@@ -6,14 +6,15 @@ use std::ffi::OsString;
 
 use crate::pipeline::Stage;
 
+/// Without another one declared, stages sort, compare and write messages as this says, whoever runs
+/// them: the locale of a user is no part of a fingerprint.
+const LANG: &str = "C.UTF-8";
 /// Passed on to every stage; a trailing `*` matches any rest. Programs, homes, temporary files,
 /// credentials and caches of the hub, package indexes, proxies and certificates, the GPU.
-const PASSED: [&str; 29] = [
+const PASSED: [&str; 27] = [
     "PATH",
     "HOME",
     "USER",
-    "LANG",
-    "LC_*",
     "TMPDIR",
     "XDG_CACHE_HOME",
     "XDG_RUNTIME_DIR",
@@ -56,6 +57,9 @@ pub(super) fn of(stage: &Stage, gpus: Option<&str>) -> BTreeMap<OsString, OsStri
             Some(value) => seen.insert(name.into(), value),
             None => seen.remove(std::ffi::OsStr::new(name)),
         };
+    }
+    if !stage.env.contains_key("LANG") {
+        seen.entry("LANG".into()).or_insert_with(|| LANG.into());
     }
     seen
 }

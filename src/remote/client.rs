@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::future::Future;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, OnceLock};
 use std::time::Duration;
 
@@ -21,7 +21,9 @@ use crate::record::{OutputRecord, Record};
 /// A remote that has never answered is given up after this long, whatever it does.
 const FIRST_ANSWER: Duration = Duration::from_secs(5);
 /// A question to one that has.
-const ANSWER: Duration = Duration::from_secs(15);
+const ANSWER: Duration = Duration::from_secs(10);
+/// A transfer that has moved nothing for this long asks whether anybody is still there.
+const QUIET: Duration = Duration::from_secs(5);
 /// Records are small; anything beyond this is none.
 const MAX_RECORD: u64 = 64 << 20;
 /// How often a transfer looks for an interrupt.
@@ -123,7 +125,7 @@ impl Remote {
         let (disk, arriving) = Disk::new();
         std::thread::scope(|scope| {
             let kept = scope.spawn(|| disk::keep(cache, arriving));
-            let fetched = self.transfer(watch.interrupts, |store| async move {
+            let fetched = self.transfer(record, watch, async move |store, watch| {
                 download::record(self, &store, cache, record, disk, watch).await
             });
             // Why the disk gave up says more than that it did; what has come stays in any case.
@@ -152,7 +154,7 @@ impl Remote {
         let path = |store: &Store| store.record(&record.identity.kind, record.fingerprint);
         let found =
             self.question(|store| async move { get_record(&store, &path(&store)).await })?;
-        self.transfer(watch.interrupts, |store| async move {
+        self.transfer(record, watch, async move |store, watch| {
             upload::record(self, &store, cache, record, signer.as_ref(), found, verify, watch).await
         })
     }
@@ -212,26 +214,33 @@ impl Remote {
         Err(self.give_up(unavailable(&self.settings, failed)))
     }
 
-    /// A long exchange, until the user interrupts.
-    fn transfer<T, F>(
+    /// A long exchange about a record, until the user interrupts or the remote is gone. However
+    /// patiently its requests are repeated, somebody must be there to hear them.
+    fn transfer<T>(
         &self,
-        interrupts: &AtomicUsize,
-        work: impl FnOnce(Store) -> F,
-    ) -> Result<T, RemoteError>
-    where
-        F: Future<Output = Result<T, RemoteError>>,
-    {
+        record: &Record,
+        watch: Watch<'_>,
+        work: impl AsyncFnOnce(Store, Watch<'_>) -> Result<T, RemoteError>,
+    ) -> Result<T, RemoteError> {
         self.check_given_up()?;
         let open = self.inner()?;
         let interrupted = async {
-            while interrupts.load(Ordering::Relaxed) == 0 {
+            while watch.interrupts.load(Ordering::Relaxed) == 0 {
                 tokio::time::sleep(TICK).await;
             }
         };
+        let moved = AtomicU64::new(0);
+        let progress = |done, total| {
+            moved.store(done, Ordering::Relaxed);
+            (watch.progress)(done, total);
+        };
+        let watched = Watch { progress: &progress, interrupts: watch.interrupts };
+        let path = open.asking.record(&record.identity.kind, record.fingerprint);
         let result = open.runtime.block_on(async {
             tokio::select! {
-                result = work(open.moving.clone()) => result,
+                result = work(open.moving.clone(), watched) => result,
                 () = interrupted => Err(RemoteError::Interrupted),
+                what = gone(&open.asking, &path, &moved) => Err(unavailable(&self.settings, what)),
             }
         });
         result.map_err(|error| match error {
@@ -264,6 +273,23 @@ impl Remote {
     pub(super) fn mark_damaged(&self, digest: Digest) {
         if let Ok(mut damaged) = self.damaged.lock() {
             damaged.insert(digest);
+        }
+    }
+}
+
+/// Returns, with what is wrong, once nothing has moved for a while and nobody answers.
+async fn gone(store: &Store, path: &Path, moved: &AtomicU64) -> String {
+    loop {
+        let before = moved.load(Ordering::Relaxed);
+        tokio::time::sleep(QUIET).await;
+        if moved.load(Ordering::Relaxed) != before {
+            continue;
+        }
+        match tokio::time::timeout(FIRST_ANSWER, store.store.head(path)).await {
+            Err(_) => return format!("no answer within {} s", FIRST_ANSWER.as_secs()),
+            // What is refused is refused by somebody; the transfer learns that by itself.
+            Ok(Err(error @ object_store::Error::Generic { .. })) => return told(&error),
+            Ok(_) => {}
         }
     }
 }

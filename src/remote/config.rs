@@ -18,7 +18,8 @@ const WRITE: &str = "PIPE_REMOTE_WRITE";
 pub enum Policy {
     /// Never.
     Never,
-    /// Where the variable `CI` is set to anything but `false`, `0` or nothing.
+    /// Where the variable `CI` is set to anything but `false`, `0` or nothing. Nothing is written by
+    /// builds of pull or merge requests, whose code nobody has accepted yet.
     Ci,
     /// Always.
     Always,
@@ -193,13 +194,30 @@ impl Settings {
 
     /// Whether something may be added to the remote.
     pub fn writes(&self) -> bool {
-        self.write.allows() && !self.is_http()
+        self.write.allows() && !self.is_unaccepted() && !self.is_http()
+    }
+
+    /// Whether only CI writes, and this is its build of a pull or merge request. A courtesy: what
+    /// keeps strangers out is that such builds are given no credentials.
+    pub fn is_unaccepted(&self) -> bool {
+        let var = |name| std::env::var(name).ok();
+        let request = is_request(var("GITHUB_EVENT_NAME"), var("CI_PIPELINE_SOURCE"));
+        self.write == Policy::Ci && request
     }
 
     /// Plain HTTP servers can be read only.
     pub fn is_http(&self) -> bool {
         self.url.starts_with("http://") || self.url.starts_with("https://")
     }
+}
+
+/// Whether GitHub or GitLab say that a build is of a pull or merge request.
+fn is_request(github: Option<String>, gitlab: Option<String>) -> bool {
+    let github = github.is_some_and(|event| event.starts_with("pull_request"));
+    let gitlab = gitlab.is_some_and(|source| {
+        ["merge_request_event", "external_pull_request_event"].contains(&source.as_str())
+    });
+    github || gitlab
 }
 
 /// A URL without user, password and query, which may hold secrets.
@@ -219,6 +237,16 @@ pub fn shown(url: &str) -> String {
 #[allow(clippy::unwrap_used, reason = "tests")]
 mod tests {
     use super::*;
+
+    #[test]
+    fn builds_of_requests_are_told_from_others() {
+        let is = |github: &str, gitlab: &str| {
+            is_request(Some(github.to_owned()), Some(gitlab.to_owned()))
+        };
+        assert!(is("pull_request", "") && is("pull_request_target", ""));
+        assert!(is("", "merge_request_event") && is("", "external_pull_request_event"));
+        assert!(!is("push", "push") && !is_request(None, None));
+    }
 
     #[test]
     fn secrets_of_a_url_are_not_shown() {

@@ -5,7 +5,7 @@ use std::io::{BufRead, BufReader, Write};
 use std::net::{TcpListener, TcpStream};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
 pub(crate) struct Server {
     url: String,
@@ -20,6 +20,8 @@ struct State {
     bytes: AtomicU64,
     /// Once it has given this many bytes, it is out of order.
     limit: AtomicU64,
+    /// Then it says nothing at all, instead of refusing.
+    silent: AtomicBool,
 }
 
 impl Server {
@@ -28,7 +30,8 @@ impl Server {
         let url = format!("http://{}", listener.local_addr().unwrap());
         let (requests, bytes) = (AtomicUsize::new(0), AtomicU64::new(0));
         let limit = AtomicU64::new(u64::MAX);
-        let state = Arc::new(State { root, ranges, requests, bytes, limit });
+        let silent = AtomicBool::new(false);
+        let state = Arc::new(State { root, ranges, requests, bytes, limit, silent });
         let shared = Arc::clone(&state);
         std::thread::spawn(move || {
             for stream in listener.incoming().flatten() {
@@ -49,6 +52,12 @@ impl Server {
 
     pub(crate) fn bytes(&self) -> u64 {
         self.state.bytes.load(Ordering::SeqCst)
+    }
+
+    /// Takes requests and answers none after so many more bytes.
+    pub(crate) fn falls_silent_after(&self, bytes: u64) {
+        self.state.silent.store(true, Ordering::SeqCst);
+        self.break_after(bytes);
     }
 
     /// Refuses everything after so many more bytes.
@@ -92,6 +101,9 @@ impl State {
         let given = if head { 0 } else { part.len() as u64 };
         let before = self.bytes.fetch_add(given, Ordering::SeqCst);
         if before.saturating_add(given) > self.limit.load(Ordering::SeqCst) {
+            while self.silent.load(Ordering::SeqCst) {
+                std::thread::park();
+            }
             return fail("403 Forbidden");
         }
         write!(

@@ -6,12 +6,14 @@
 mod bad_input;
 mod cache;
 mod caching;
+mod choices;
 mod commands;
 mod comparisons;
 mod dags;
 mod damage;
 mod diagnostics;
 mod doctor;
+mod events;
 mod failures;
 mod full_disk;
 mod gpus;

@@ -14,7 +14,11 @@ fn shared(extra: &str) -> Space {
 
 fn with(space: &Space, args: &[&str], env: &[(&str, &str)]) -> Ran {
     let mut command = space.command(args);
-    for name in ["CI", "PIPE_REMOTE", "PIPE_REMOTE_READ", "PIPE_REMOTE_WRITE", "PIPE_SIGN_KEY"] {
+    for name in ["PIPE_REMOTE", "PIPE_REMOTE_READ", "PIPE_REMOTE_WRITE", "PIPE_SIGN_KEY"] {
+        command.env_remove(name);
+    }
+    // These tests may run in the build of a pull request themselves.
+    for name in ["CI", "GITHUB_EVENT_NAME", "CI_PIPELINE_SOURCE"] {
         command.env_remove(name);
     }
     command.envs(env.iter().copied());
@@ -46,16 +50,21 @@ fn everyone_reads_and_only_ci_writes() {
     with(&space, &["run"], &[]).code(0);
     assert_eq!(files(&remote(&space)), Vec::<PathBuf>::new());
     with(&space, &["push"], &[]).code(2);
+    let request = [("CI", "true"), ("GITHUB_EVENT_NAME", "pull_request")];
+    let refused = with(&space, &["push"], &request).code(2);
+    assert!(refused.err.contains("the build of a pull request"), "{}", refused.err);
+    with(&space, &["run", "--force"], &request).code(0);
+    assert_eq!(files(&remote(&space)), Vec::<PathBuf>::new());
     with(&space, &["push"], &[("CI", "true")]).code(0);
     assert_eq!(files(&remote(&space).join("records-v1")).len(), 4);
     forget(&space);
     let run = with(&space, &["run"], &[]).code(0);
     assert!(run.err.contains("0 run, 4 reused, 4 of them fetched"), "{}", run.err);
-    assert_eq!(space.all_runs(), [1, 1, 1, 1]);
+    assert_eq!(space.all_runs(), [2, 2, 2, 2]);
     with(&space, &["plan", "--check"], &[]).code(0);
     forget(&space);
     with(&space, &["run"], &[("PIPE_REMOTE_READ", "never")]).code(0);
-    assert_eq!(space.all_runs(), [2, 2, 2, 2]);
+    assert_eq!(space.all_runs(), [3, 3, 3, 3]);
 }
 
 #[test]
@@ -289,4 +298,20 @@ fn big_objects_come_in_parts_and_where_a_transfer_ended() {
         }
     }
     assert_eq!(space.runs("big"), 1);
+}
+
+#[test]
+fn remote_that_falls_silent_in_the_middle_costs_one_warning() {
+    let after = "  after:\n    kind: command\n    inputs: {tree: big}\n    params: {run: 'ls $PIPE_INPUT_TREE > $PIPE_OUTPUT_OUT', outputs: {out: {file: out}}}\n";
+    let space = Space::new(&format!("{BIG}{after}"));
+    with(&space, &["run"], &[]).code(0);
+    let server = Server::start(remote(&space), true);
+    forget(&space);
+    server.falls_silent_after(25_000_000);
+    let run = with(&space, &["run"], &[("PIPE_REMOTE", server.url())]).code(0);
+    assert!(server.bytes() > 25_000_000, "{}", server.bytes());
+    assert_eq!(run.err.matches("warning").count(), 1, "{}", run.err);
+    assert!(run.err.contains("cannot be used: no answer"), "{}", run.err);
+    assert!(run.err.contains("2 run, 0 reused"), "{}", run.err);
+    with(&space, &["plan", "--check"], &[]).code(0);
 }
