@@ -1,6 +1,7 @@
 // Cross-entropy of rows of logits l, in place: loss = log(sum exp x) - x[t] with x = l, and the logits become
 // scale * (softmax(x) - onehot(t)). With a cap c, x = c tanh(l / c), and the gradient is times
-// 1 - tanh(l / c)^2. A block a row; the row is read twice and written once. A row with a negative target is
+// 1 - tanh(l / c)^2. A block a row; the row is read twice and written once. Rows lie as many elements apart as
+// the vocabulary has, rounded up to 16 bytes; what is behind it is never read. A row with a negative target is
 // filling: no loss, and a gradient of zeros.
 template <bool CAPPED>
 __device__ __forceinline__ void cross_entropy_of(T* logits, const int* targets, float* loss, int vocabulary,
@@ -10,8 +11,9 @@ __device__ __forceinline__ void cross_entropy_of(T* logits, const int* targets, 
     return CAPPED ? softcapped(load(logit), cap, slope) : load(logit);
   };
   __shared__ float maxima[32], sums[32];
-  T* row = logits + (u64)blockIdx.x * vocabulary;
-  int packs = vocabulary / VECTOR;
+  T* row = logits + (u64)blockIdx.x * ((vocabulary + VECTOR - 1) / VECTOR * VECTOR);
+  // Whole packs, and the column of this thread among those that make none.
+  int packs = vocabulary / VECTOR, last = packs * VECTOR + threadIdx.x;
   float m = -INFINITY, s = 0.f;
   for (int i = threadIdx.x; i < packs; i += blockDim.x) {
     Pack p = ((const Pack*)row)[i];
@@ -20,6 +22,11 @@ __device__ __forceinline__ void cross_entropy_of(T* logits, const int* targets, 
     for (int j = 0; j < VECTOR; j++) top = fmaxf(top, x[j] = value(p.v[j]));
     s *= EXP(m - top);
     for (int j = 0; j < VECTOR; j++) s += EXP(x[j] - top);
+    m = top;
+  }
+  if (last < vocabulary) {
+    float x = value(row[last]), top = fmaxf(m, x);
+    s = s * EXP(m - top) + EXP(x - top);
     m = top;
   }
   if (m == -INFINITY) s = 0.f;
@@ -50,6 +57,13 @@ __device__ __forceinline__ void cross_entropy_of(T* logits, const int* targets, 
       p.v[j] = store(g * slope);
     }
     ((Pack*)row)[i] = p;
+  }
+  if (last < vocabulary) {
+    float x = load(row[last]), slope = 1.f;
+    if (CAPPED) x = softcapped(x, cap, slope);
+    float g = EXP(x - m) * factor;
+    if (last == target) g -= scale;
+    row[last] = store(g * slope);
   }
 }
 extern "C" __global__ void cross_entropy(T* logits, const int* targets, float* loss, int vocabulary,

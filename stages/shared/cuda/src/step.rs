@@ -16,7 +16,7 @@ use crate::adapter::Lora;
 use crate::attention::Plan;
 use crate::device::{Buffer, Device};
 use crate::graph::Recorder;
-use crate::sizes::check_loss;
+use crate::sizes::logits_stride;
 use crate::staging::Staging;
 use crate::{CudaError, Frozen};
 use ahead::Ahead;
@@ -148,7 +148,7 @@ impl HeadBuffers {
             }
         };
         // The same in every mode, so that results are: what would fit into the buffer that is lent.
-        let row = c.vocab_size as u64 * size;
+        let row = logits_stride(c, device.dtype) as u64 * size;
         let room = (capacity as u64 * 2 * c.intermediate_size as u64 * size / row) as usize;
         let whole_tiles = room / HEAD_TILE * HEAD_TILE;
         let chunk = whole_tiles.clamp(LEAST_HEAD_ROWS, HEAD_ROWS).min(capacity);
@@ -197,8 +197,7 @@ impl Step {
     /// Buffers for micro-batches of up to `capacity` tokens.
     ///
     /// # Errors
-    /// [`CudaError::Memory`] where they do not fit, [`CudaError::Input`] for a vocabulary that the loss
-    /// does not serve.
+    /// [`CudaError::Memory`] where they do not fit.
     pub fn new(
         device: &Device,
         frozen: &Frozen,
@@ -206,7 +205,6 @@ impl Step {
         capacity: usize,
         activations: Activations,
     ) -> Result<Self, CudaError> {
-        check_loss(&frozen.config, device.dtype)?;
         Self::build(device, frozen, lora, capacity, Purpose::Train(activations))
     }
 

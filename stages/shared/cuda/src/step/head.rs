@@ -7,6 +7,7 @@ use super::pass::{Pass, gather};
 use crate::adapter::Lora;
 use crate::device::{Device, args};
 use crate::gemm::{Gemm, View};
+use crate::sizes::logits_stride;
 use crate::{CudaError, Frozen};
 
 impl Pass<'_> {
@@ -21,7 +22,7 @@ impl Pass<'_> {
         if gradient {
             device.clear(dh, (b.n * ldh) as u64 * size)?;
         }
-        let x = &step.head;
+        let (x, ld) = (&step.head, logits_stride(&self.frozen.config, device.dtype));
         self.norm_targets()?;
         for first in (0..b.targets).step_by(x.chunk) {
             let rows = x.chunk.min(b.targets - first);
@@ -30,7 +31,7 @@ impl Pass<'_> {
             if gradient {
                 let out = View::new(x.dnormed + (first * hidden) as u64 * size, hidden);
                 let head = View::new(self.frozen.head(), hidden);
-                let logits = View::new(x.logits, vocabulary);
+                let logits = View::new(x.logits, ld);
                 let product = Gemm::new((rows, hidden, vocabulary), logits, head, out);
                 device.gemm("gemm head", product)?;
             }
@@ -67,7 +68,8 @@ impl Pass<'_> {
         let (hidden, vocabulary) = (c.hidden_size, c.vocab_size);
         let at = x.normed + (first * hidden) as u64 * self.device.dtype.size();
         let head = View::new(self.frozen.head(), hidden);
-        let (normed, logits) = (View::new(at, hidden), View::new(x.logits, vocabulary));
+        let ld = logits_stride(c, self.device.dtype);
+        let (normed, logits) = (View::new(at, hidden), View::new(x.logits, ld));
         let product = Gemm::new((rows, vocabulary, hidden), normed, head.t(), logits);
         self.device.gemm("gemm head", product)
     }
@@ -112,15 +114,18 @@ impl Step {
         let pass = Pass { step: self, device, frozen, lora, b: &b, cache: None };
         pass.trunk()?;
         pass.norm_targets()?;
-        let row = frozen.config.vocab_size * device.dtype.size() as usize;
-        let mut logits = Vec::new();
+        let vocabulary = frozen.config.vocab_size;
+        let ld = logits_stride(&frozen.config, device.dtype);
+        let row = ld * device.dtype.size() as usize;
+        let mut logits: Vec<f32> = Vec::new();
         for first in (0..b.targets).step_by(self.head.chunk) {
             let rows = self.head.chunk.min(b.targets - first);
             pass.logits(first, rows)?;
-            logits.extend(device.dtype.decode(&device.read_at(self.head.logits, rows * row)?));
+            let values = device.dtype.decode(&device.read_at(self.head.logits, rows * row)?);
+            logits.extend(values.chunks_exact(ld).flat_map(|row| &row[..vocabulary]));
         }
         pass.settle()?;
-        logits.truncate(wanted * frozen.config.vocab_size);
+        logits.truncate(wanted * vocabulary);
         if let Some(cap) = frozen.config.variations.final_logit_softcapping {
             logits.iter_mut().for_each(|l| *l = cap * (*l / cap).tanh());
         }
