@@ -117,7 +117,7 @@ impl Step {
         let vocabulary = frozen.config.vocab_size;
         let ld = logits_stride(&frozen.config, device.dtype);
         let row = ld * device.dtype.size() as usize;
-        let mut logits = Vec::new();
+        let mut logits: Vec<f32> = Vec::new();
         for first in (0..b.targets).step_by(self.head.chunk) {
             let rows = self.head.chunk.min(b.targets - first);
             pass.logits(first, rows)?;
