@@ -84,5 +84,11 @@ fn disk_that_is_full_when_outputs_are_stored_publishes_nothing() {
         "head -c 1000000 /dev/zero > $PIPE_OUTPUT_OUT', outputs: {out: {file: big}}",
         "cd $PIPE_OUTPUT_OUT; seq 500 | xargs touch; head -c 1000000 /dev/zero > big || true', outputs: {out: {dir: big}}",
     );
-    check(&space, &["big: failed: could not ", "help: free some space on that disk and run again"]);
+    check(
+        &space,
+        &[
+            "big: failed: output `out` of stage `big`: could not ",
+            "help: free some space on that disk and run again",
+        ],
+    );
 }
