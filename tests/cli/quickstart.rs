@@ -96,6 +96,7 @@ fn publish(cache: &Cache, stage: &Stage, decided: Decided) -> Record {
         fs::write(file, format!("{} {}", spec.name, record.fingerprint)).unwrap();
         let stored = cache.ingest(&path, spec.form).unwrap();
         let output = OutputRecord {
+            exec: false,
             digest: stored.digest,
             form: spec.form,
             class: spec.class,

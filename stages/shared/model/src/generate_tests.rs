@@ -1,6 +1,6 @@
 #![allow(clippy::unwrap_used, reason = "tests")]
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use checkpoint::{GgmlType, GgufWriter, ModelConfig, ModelFolder, gguf_name, gguf_rows, to_f32};
 use safetensors::tensor::TensorView;
