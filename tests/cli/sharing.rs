@@ -108,7 +108,7 @@ stages:
   slow:
     kind: command
     pass_env: [RUNS]
-    params: {run: 'echo x >> $RUNS/slow; until test -e $RUNS/go; do sleep 0.05; done; echo > $PIPE_OUTPUT_OUT', outputs: {out: {file: slow.txt}}}
+    params: {run: 'echo x >> $RUNS/slow; until test -e $RUNS/go || ! test -d $RUNS; do sleep 0.05; done; echo > $PIPE_OUTPUT_OUT', outputs: {out: {file: slow.txt}}}
   last:
     kind: command
     inputs: {a: base, b: slow}
