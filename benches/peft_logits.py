@@ -3,7 +3,7 @@
     python benches/peft_logits.py BASE ADAPTER OUT ID...
 
 BASE is a model folder, ADAPTER a PEFT folder, OUT a safetensors file that gets `logits
-[n, vocabulary]` for the token ids. Needs peft, torch and transformers, and bitsandbytes where LoftQ started the adapter.
+[n, vocabulary]` for the token ids. Needs peft, torch and transformers, and bitsandbytes and scipy where LoftQ started the adapter.
 """
 
 import sys

@@ -376,7 +376,7 @@ fn params_are_checked() {
     assert_eq!(names(json!({"merge_onto": "original"})), ["model", "adapter", "original"]);
 }
 
-/// `PIPE_PYTHON` is a Python with gguf, PEFT, bitsandbytes and transformers.
+/// `PIPE_PYTHON` is a Python as the trial `python` of `.ci/full` makes it.
 #[test]
 fn pythons_own_libraries_read_every_export() {
     let Some(python) = std::env::var_os("PIPE_PYTHON") else {

@@ -395,7 +395,7 @@ fn written_adapters_read_back() {
     }
 }
 
-/// `PIPE_PYTHON` is a Python with PEFT, bitsandbytes and transformers.
+/// `PIPE_PYTHON` is a Python as the trial `python` of `.ci/full` makes it.
 #[test]
 fn written_adapters_give_their_logits_in_pythons_peft() {
     let Some(python) = std::env::var_os("PIPE_PYTHON") else {

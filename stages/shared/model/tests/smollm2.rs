@@ -9,9 +9,10 @@ use safetensors::SafeTensors;
 
 fn setup() -> Option<(Model, Vec<u8>, serde_json::Value)> {
     // First, so that a missing fixture fails without the model too.
-    let folder = fixtures::path("smollm2-135m-instruct");
-    let expected = std::fs::read(folder.join("expected.safetensors")).unwrap();
-    let text = std::fs::read(folder.join("expected.json")).unwrap();
+    let read = |name: &str| {
+        std::fs::read(fixtures::path(&format!("smollm2-135m-instruct/{name}"))).unwrap()
+    };
+    let (expected, text) = (read("expected.safetensors"), read("expected.json"));
     let Some(path) = std::env::var_os("PIPE_SMOLLM2") else {
         fixtures::skipped("PIPE_SMOLLM2 is not set");
         return None;
