@@ -1,0 +1,161 @@
+//! What stages say while they run and become when they end, and the interrupt that stops them.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use contract::StageError;
+
+use super::execute::Made;
+use super::{GRACE, Message, Run, RunError, TAIL, shared};
+use crate::event::Event;
+use crate::lockfile::Lockfile;
+use crate::process::Stopper;
+
+impl Run<'_> {
+    pub(super) fn handle(&mut self, message: Message, lock: &mut Lockfile) -> Result<(), RunError> {
+        match message {
+            Message::Waiting { stage, holder } => {
+                (self.sink)(Event::StageWaiting { stage, holder });
+            }
+            Message::Started { stage, stopper } => {
+                if self.interrupted_at.is_some() {
+                    stopper.terminate();
+                }
+                if let Some(running) = self.running.get_mut(&stage) {
+                    running.stopper = Some(stopper);
+                    let (fingerprint, log) = (running.fingerprint, running.log.clone());
+                    let reasons = std::mem::take(&mut running.reasons);
+                    (self.sink)(Event::StageStarted { stage, fingerprint, reasons, log });
+                }
+            }
+            Message::Progress { stage, progress } => {
+                (self.sink)(Event::StageProgress { stage, progress });
+            }
+            Message::Event(event) => (self.sink)(event),
+            Message::Ended { stage, result } => self.ended(&stage, result, lock)?,
+        }
+        Ok(())
+    }
+
+    fn ended(
+        &mut self,
+        name: &str,
+        result: Result<Made, StageError>,
+        lock: &mut Lockfile,
+    ) -> Result<(), RunError> {
+        let log = self.running.remove(name).map(|r| r.log);
+        let Some(stage) = self.planner.pipeline.stage(name) else { return Ok(()) };
+        match result {
+            Ok(Made::ByOther(record)) => self.reuse(stage, record),
+            Ok(Made::Fetched(record)) => {
+                self.summary.fetched += 1;
+                self.reuse(stage, record);
+            }
+            Ok(Made::Nowhere(why)) => {
+                self.summary.skipped += 1;
+                (self.sink)(Event::StageNotFound { stage: name.to_owned(), why });
+                self.stopped.insert(name.to_owned(), name.to_owned());
+            }
+            Ok(Made::Lost(makers)) => self.make_again(name, makers, log),
+            Ok(Made::Here { record, unchanged }) => {
+                if let (Some(key), Some(value)) = (&stage.signature.lock_key, &record.lock) {
+                    lock.set(key, value.clone())?;
+                }
+                let pipeline = &self.planner.pipeline.name;
+                self.planner.cache.set_last(pipeline, name, &stage.kind, record.fingerprint);
+                self.in_use.add(record.fingerprint);
+                self.summary.ran += 1;
+                self.took.insert(name.to_owned(), record.seconds);
+                if let Some(log) = &log {
+                    self.planner.cache.keep_log(record.fingerprint, log);
+                }
+                (self.sink)(Event::StageFinished {
+                    stage: name.to_owned(),
+                    fingerprint: record.fingerprint,
+                    seconds: record.seconds,
+                    unchanged,
+                    warnings: record.warnings.clone(),
+                });
+                if let Some(offers) = &self.offers {
+                    let record = Arc::clone(&record);
+                    let _ = offers.send(shared::Offer { stage: name.to_owned(), record });
+                }
+                self.records.insert(name.to_owned(), record);
+            }
+            // Stages that the user stopped did not fail.
+            Err(_) if self.interrupted_at.is_some() => {
+                self.summary.skipped += 1;
+                self.stopped.insert(name.to_owned(), name.to_owned());
+            }
+            Err(error) => self.fail(name, error, log),
+        }
+        Ok(())
+    }
+
+    /// What a stage was to read is lost: its makers are decided on again, and then the stage is.
+    fn make_again(
+        &mut self,
+        name: &str,
+        makers: BTreeSet<String>,
+        log: Option<std::path::PathBuf>,
+    ) {
+        if let Some(maker) = makers.iter().find(|maker| self.again.contains(*maker)) {
+            let message = format!("what `{maker}` made was lost twice in this run");
+            let help = "something changes or removes objects of the cache; stop it and run again";
+            self.fail(name, StageError::input(message).help(help), log);
+            return;
+        }
+        for maker in &makers {
+            let Some(record) = self.records.remove(maker) else { continue };
+            if self.took.remove(maker).is_some() {
+                self.summary.ran -= 1;
+            } else {
+                self.summary.reused -= 1;
+                self.saved -= record.seconds;
+            }
+        }
+        self.open.splice(0..0, makers.iter().cloned().chain([name.to_owned()]));
+        self.again.extend(makers);
+    }
+
+    pub(super) fn fail(&mut self, name: &str, error: StageError, log: Option<std::path::PathBuf>) {
+        self.summary.failed += 1;
+        self.stopped.insert(name.to_owned(), name.to_owned());
+        let text = log.as_ref().and_then(|l| std::fs::read(l).ok()).unwrap_or_default();
+        let text = String::from_utf8_lossy(&text);
+        let lines: Vec<&str> = text.lines().collect();
+        let tail = &lines[lines.len().saturating_sub(TAIL)..];
+        (self.sink)(Event::StageFailed {
+            stage: name.to_owned(),
+            message: error.message,
+            help: error.help,
+            log,
+            log_tail: tail.iter().map(|l| (*l).to_owned()).collect(),
+        });
+    }
+
+    pub(super) fn look_for_interrupt(&mut self) {
+        let count = self.options.interrupts.load(Ordering::SeqCst);
+        if count == 0 {
+            return;
+        }
+        let since = if let Some(since) = self.interrupted_at {
+            since
+        } else {
+            (self.sink)(Event::Interrupted);
+            self.summary.interrupted = true;
+            self.stop_all(Stopper::terminate);
+            *self.interrupted_at.insert(Instant::now())
+        };
+        if !self.killed && (count > 1 || since.elapsed() > GRACE) {
+            self.killed = true;
+            self.stop_all(Stopper::kill);
+        }
+    }
+
+    pub(super) fn stop_all(&self, how: impl Fn(Stopper)) {
+        self.running.values().filter_map(|r| r.stopper).for_each(how);
+    }
+}
