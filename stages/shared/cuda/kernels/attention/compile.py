@@ -38,15 +38,15 @@ class Nvrtc:
     def __init__(self):
         path = find("lib/libnvrtc.so*", "libnvrtc.so")
         try:
-            self.library = ctypes.CDLL(path)
+            self.nvrtc = ctypes.CDLL(path)
         except OSError as error:
             sys.exit(f"NVRTC cannot be opened ({error}): pip install nvidia-cuda-nvrtc")
 
     def text(self, kind, program):
         size = ctypes.c_size_t()
-        getattr(self.library, f"nvrtcGet{kind}Size")(program, ctypes.byref(size))
+        getattr(self.nvrtc, f"nvrtcGet{kind}Size")(program, ctypes.byref(size))
         buffer = ctypes.create_string_buffer(max(size.value, 1))
-        getattr(self.library, f"nvrtcGet{kind}")(program, buffer)
+        getattr(self.nvrtc, f"nvrtcGet{kind}")(program, buffer)
         return buffer.raw[: size.value]
 
     def compile(self, file, architecture, defines):
@@ -54,14 +54,14 @@ class Nvrtc:
         with open(os.path.join(HERE, file + ".cu"), "rb") as source:
             text = source.read()
         program = ctypes.c_void_p()
-        self.library.nvrtcCreateProgram(ctypes.byref(program), text, (file + ".cu").encode(), 0, None, None)
+        self.nvrtc.nvrtcCreateProgram(ctypes.byref(program), text, (file + ".cu").encode(), 0, None, None)
         options = [f"--gpu-architecture={architecture}", "--std=c++17", f"-I{HERE}",
                    "--ptxas-options=-v"] + [f"-D{d}" for d in defines]
         array = (ctypes.c_char_p * len(options))(*[o.encode() for o in options])
-        code = self.library.nvrtcCompileProgram(program, len(options), array)
+        code = self.nvrtc.nvrtcCompileProgram(program, len(options), array)
         log = self.text("ProgramLog", program).rstrip(b"\0").decode(errors="replace")
         cubin = self.text("CUBIN", program) if code == 0 else None
-        self.library.nvrtcDestroyProgram(ctypes.byref(program))
+        self.nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
         return cubin, log
 
 
