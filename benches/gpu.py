@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -96,6 +97,47 @@ def quickstart():
     return again is not None and "same as last time" in again
 
 
+def resume():
+    """Training killed twice and resumed, against the same without a break, in every type and optimiser."""
+    for dtype, optim in (("bf16", "adamw_8bit"), ("f16", "adamw_8bit"), ("bf16", "adamw")):
+        settings = (f"train.device=cuda train.dtype={dtype} train.optimizer={optim} train.checkpoint_steps=1 max_steps=40")
+        train = ["run", "train", "--only"] + [part for pair in settings.split() for part in ("--set", pair)]
+        for least in (5, 20):
+            process = subprocess.Popen([program("pipe"), train[0], "-f", "pipelines/quickstart.yaml", "--cache", CACHE,
+                                        *train[1:]], cwd=ROOT, stderr=subprocess.DEVNULL)
+            while process.poll() is None and newest_checkpoint() < least:
+                time.sleep(0.05)
+            process.send_signal(signal.SIGKILL)
+            print(f"{dtype} {optim}: killed with the checkpoint of step {newest_checkpoint()}, {process.wait()}", flush=True)
+        if pipe(*train) is None or "resumed after step" not in (pipe("logs", "train") or ""):
+            return False
+        again = pipe(*train, "--force", "train")
+        if again is None or "same as last time" not in again:
+            return False
+    return True
+
+
+def newest_checkpoint():
+    found = glob.glob(f"{CACHE}/scratch/*/*/checkpoint-*.bin")
+    return max((int(path.rsplit("/", 1)[1].split("-")[1]) for path in found), default=0)
+
+
+def steady():
+    """Memory of the device in the first and the last tenth of 500 steps."""
+    done = subprocess.Popen([program("pipe"), "run", "-f", "pipelines/quickstart.yaml", "--cache", CACHE, "train", "--only",
+                             "--set", "train.device=cuda", "--set", "max_steps=500"], cwd=ROOT)
+    used = []
+    while done.poll() is None:
+        said = subprocess.run(["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "-i", "0"],
+                              stdout=subprocess.PIPE, text=True).stdout
+        used.append(int(said or 0))
+        time.sleep(0.2)
+    tenth = max(1, len(used) // 10)
+    first, last = max(used[tenth:2 * tenth]), max(used[-2 * tenth:])
+    print(f"{len(used)} looks: at most {first} MiB in the second tenth, {last} MiB in the last two")
+    return done.returncode == 0 and last <= first
+
+
 HOG = """
 import sys, torch
 free, _ = torch.cuda.mem_get_info()
@@ -150,7 +192,7 @@ def sanitizer():
     return clean and run(*call, program("generate"), "check", MODELS[2]) is not None
 
 
-TRIALS = [fixtures, check, same, quickstart, pressure, sweep, speed, generation, sanitizer]
+TRIALS = [fixtures, check, same, quickstart, resume, steady, pressure, sweep, speed, generation, sanitizer]
 wanted = sys.argv[3:] or [trial.__name__ for trial in TRIALS]
 met = {}
 for trial in TRIALS:
