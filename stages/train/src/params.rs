@@ -114,9 +114,9 @@ pub(crate) struct Spike {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Activations {
-    /// Everything where it fits.
+    /// As `keep` where that fits, else as `recompute`, else as `offload`.
     Auto,
-    /// Everything.
+    /// Everything; weights decoded, too, where they take no more than half of what is left then.
     Keep,
     /// Each layer's input; layers run forward twice.
     Recompute,

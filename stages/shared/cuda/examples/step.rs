@@ -1,6 +1,6 @@
 //! Checks the training step against the CPU's and times it:
 //! `step check FOLDER...` (folders with `f32`, `nf4` and `adapter`), `step same SHAPE` or
-//! `step time SHAPE keep|recompute|offload STEPS [f16]` (SHAPE: qwen2.5-3b, gemma-2-2b, smollm2-135m).
+//! `step time SHAPE keep|keep-4bit|recompute|offload STEPS [f16]` (SHAPE: qwen2.5-3b, gemma-2-2b, smollm2-135m).
 #![allow(clippy::print_stdout, clippy::unwrap_used, reason = "an example")]
 
 use std::collections::BTreeSet;
@@ -33,19 +33,18 @@ fn main() {
 }
 
 /// Digests of the adapter after two steps of three micro-batches: kept, recomputed and offloaded
-/// activations, replayed graphs and plain launches, once and again.
+/// activations, weights decoded once or for every product, replayed graphs and plain launches, once
+/// and again.
 fn same(name: &str) {
     let config = shapes::shape(name);
     let adapter = Adapter::fresh(&config, &LoraConfig::default(), 1).unwrap();
     let n = 2048usize;
-    let modes = [Activations::Keep, Activations::Recompute, Activations::Offload];
-    for (activations, is_plain) in
-        modes.into_iter().flat_map(|m| [(m, false), (m, false), (m, true)])
-    {
+    let modes = ["keep", "keep-4bit", "recompute", "offload"];
+    for (mode, is_plain) in modes.into_iter().flat_map(|m| [(m, false), (m, false), (m, true)]) {
         let device = Device::open(0, Dtype::Bf16).unwrap();
         let frozen = Frozen::random(&device, config.clone(), 1).unwrap();
         let lora = Lora::new(&device, &config, &adapter).unwrap();
-        let step = Step::new(&device, &frozen, &lora, n, activations).unwrap();
+        let step = make(mode, &device, &frozen, &lora, n);
         let settings = AdamSettings {
             eight_bit: false,
             betas: [0.9, 0.999],
@@ -79,10 +78,22 @@ fn same(name: &str) {
         let digest = values.iter().fold(0xcbf2_9ce4_8422_2325u64, |h, v| {
             (h ^ u64::from(v.to_bits())).wrapping_mul(0x100_0000_01b3)
         });
-        println!(
-            "{name} {activations:?} plain {is_plain}: {digest:016x} norms {losses:?} loss {loss}"
-        );
+        println!("{name} {mode} plain {is_plain}: {digest:016x} norms {losses:?} loss {loss}");
     }
+}
+
+/// A step for up to `n` tokens.
+fn make(mode: &str, device: &Device, frozen: &Frozen, lora: &Lora, n: usize) -> Step {
+    let activations = match mode {
+        "keep" | "keep-4bit" => Activations::Keep,
+        "recompute" => Activations::Recompute,
+        _ => Activations::Offload,
+    };
+    let mut step = Step::new(device, frozen, lora, n, activations).unwrap();
+    if mode == "keep" {
+        assert!(step.keep_weights(device, frozen, lora).unwrap(), "memory for decoded weights");
+    }
+    step
 }
 
 fn norm(x: impl Iterator<Item = f32>) -> f64 {
@@ -147,21 +158,16 @@ fn check(folder: &Path, weights: &str, launched: &mut BTreeSet<&'static str>) {
     }
 }
 
-fn time(name: &str, activations: &str, steps: usize, dtype: Dtype) {
+fn time(name: &str, mode: &str, steps: usize, dtype: Dtype) {
     let start = Instant::now();
     let config = shapes::shape(name);
-    let activations = match activations {
-        "keep" => Activations::Keep,
-        "recompute" => Activations::Recompute,
-        _ => Activations::Offload,
-    };
     let device = Device::open(0, dtype).unwrap();
     let frozen = Frozen::random(&device, config.clone(), 1).unwrap();
     let adapter = Adapter::fresh(&config, &LoraConfig::default(), 1).unwrap();
     let lora = Lora::new(&device, &config, &adapter).unwrap();
     let (rows, length, accumulation) = (2usize, 2048usize, 4usize);
     let n = rows * length;
-    let step = Step::new(&device, &frozen, &lora, n, activations).unwrap();
+    let step = make(mode, &device, &frozen, &lora, n);
     let tensors: Vec<_> = adapter.factors.iter().map(|f| f.a.clone()).collect();
     let tensors: Vec<_> =
         tensors.into_iter().chain(adapter.factors.iter().map(|f| f.b.clone())).collect();
@@ -213,7 +219,7 @@ fn time(name: &str, activations: &str, steps: usize, dtype: Dtype) {
     let median = timed[timed.len() / 2];
     let gib = |bytes: u64| bytes as f64 / f64::from(1u32 << 30);
     println!(
-        "{name} {dtype:?} {activations:?}: {:.0} tok/s, step {:.1} ms, peak {:.2} GiB (NVML: {:.2})",
+        "{name} {dtype:?} {mode}: {:.0} tok/s, step {:.1} ms, peak {:.2} GiB (NVML: {:.2})",
         (n * accumulation) as f64 / median,
         median * 1e3,
         gib(device.peak_bytes()),

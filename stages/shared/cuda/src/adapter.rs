@@ -1,10 +1,13 @@
 //! The LoRA adapter on the device: f32 masters, operands of the products, gradients.
 
+use std::cell::Cell;
+
 use checkpoint::ModelConfig;
 use model::Adapter;
 
 use crate::CudaError;
 use crate::device::{Buffer, Device, args};
+use crate::weights::{Direction, copy_columns};
 
 /// Group of each projection in the order of `model::PROJECTIONS`: those of a group read the same
 /// input, and their factors are merged into one pair of operands.
@@ -23,6 +26,13 @@ pub(crate) struct Group {
     pub(crate) b: u64,
 }
 
+impl Group {
+    /// Elements of a row of the operands, which carry B in their last columns.
+    pub(crate) fn row(&self) -> usize {
+        self.inputs + self.width
+    }
+}
+
 /// An adapter on the device.
 pub struct Lora {
     /// Factors one after another, as in `model::Adapter::values`, f32.
@@ -31,6 +41,8 @@ pub struct Lora {
     pub(crate) groups: Vec<[Group; 4]>,
     pub(crate) scale: f32,
     operands: Buffer,
+    /// How often the operands were made.
+    changes: Cell<u64>,
     gradients: Buffer,
     table: Buffer,
     factors: usize,
@@ -110,6 +122,7 @@ impl Lora {
             count: adapter.values.len(),
             scale: adapter.scale(),
             operands: device.zeros(end * element)?,
+            changes: Cell::new(0),
             gradients: device.zeros(end * 4)?,
             table: device.upload(&table)?,
             factors: adapter.factors.len() * 2,
@@ -130,10 +143,38 @@ impl Lora {
         self.gradients.ptr() + offset * 4
     }
 
+    /// A number that changes with the operands.
+    pub(crate) fn changes(&self) -> u64 {
+        self.changes.get()
+    }
+
+    /// Puts the group's factors beside the weights in an operand of rows of [`Group::row`]: B after its
+    /// columns, or A after its rows.
+    pub(crate) fn put(
+        &self,
+        device: &Device,
+        (layer, index): (usize, usize),
+        direction: Direction,
+        operand: u64,
+    ) -> Result<(), CudaError> {
+        let group = self.groups[layer][index];
+        let Group { width, inputs, outputs, a, b } = group;
+        let (from, columns, rows, first) = match direction {
+            Direction::Forward => (b, width, outputs, inputs),
+            Direction::Backward => (a, inputs, width, outputs * group.row()),
+        };
+        if width == 0 {
+            return Ok(());
+        }
+        let to = operand + first as u64 * self.element;
+        copy_columns(device, (self.operand(from), columns), (to, group.row()), columns, rows)
+    }
+
     /// Rounds the masters to operands; after every change of the masters.
     pub(crate) fn refresh(&self, device: &Device) -> Result<(), CudaError> {
         let (values, operands) = (self.values.ptr(), self.operands.ptr());
         let table = self.table.ptr();
+        self.changes.set(self.changes.get() + 1);
         let kernel = ("optimizer.cu", "to_operands");
         // SAFETY: the table was made for these buffers.
         unsafe { device.launch(kernel, [32, self.factors], 256, 0, args![values, operands, table]) }

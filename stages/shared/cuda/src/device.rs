@@ -267,13 +267,6 @@ impl Device {
         Ok(())
     }
 
-    /// Copies between places on the device.
-    pub(crate) fn copy(&self, from: u64, to: u64, bytes: u64) -> Result<(), CudaError> {
-        // SAFETY: the caller's ranges lie inside buffers and do not overlap.
-        unsafe { result::memcpy_dtod_async(to, from, bytes as usize, self.cu_stream())? };
-        Ok(())
-    }
-
     /// Waits for all work.
     ///
     /// # Errors

@@ -194,8 +194,8 @@ impl Generator {
         // The fewest slots may take what there is.
         let reserve = if slots > 8 { self.device.check_reserve() } else { Ok(()) };
         let ran = reserve
-            .and_then(|()| session.keep_operands())
-            .and_then(|()| session.run(prompts, waiting, options, done));
+            .and_then(|()| session.step.keep_weights(&self.device, &self.frozen, &self.lora))
+            .and_then(|_| session.run(prompts, waiting, options, done));
         if ran.as_ref().is_err_and(CudaError::is_memory) {
             // Work under way reads and writes what the session drops.
             self.device.drain()?;
@@ -243,27 +243,6 @@ impl<'a> Session<'a> {
             ids: device.alloc(slots as u64 * 4)?,
             recorder: Recorder::default(),
         })
-    }
-
-    /// Decodes the weights once for all steps where that takes no more than half of what is free.
-    fn keep_operands(&mut self) -> Result<(), CudaError> {
-        let Generator { lora, frozen, device, .. } = self.own;
-        let elements = |g: &crate::adapter::Group| (g.inputs + g.width) * g.outputs;
-        let total: usize = lora.groups.iter().flatten().map(elements).sum();
-        if total as u64 * device.dtype.size() > device.spare_bytes()? / 2 {
-            return Ok(());
-        }
-        for (layer, groups) in lora.groups.iter().enumerate() {
-            let mut operands = Vec::with_capacity(groups.len());
-            for (index, group) in groups.iter().enumerate() {
-                let operand = device.elements(elements(group))?;
-                frozen.forward_operand(device, lora, (layer, index), operand.ptr())?;
-                operands.push(operand);
-            }
-            let missing = |_| CudaError::Input("a layer has four groups".to_owned());
-            self.step.resident.push(operands.try_into().map_err(missing)?);
-        }
-        Ok(())
     }
 
     fn run(
@@ -374,7 +353,7 @@ impl<'a> Session<'a> {
         let batch = MicroBatch { tokens, cu_seqlens: bounds, targets: &targets };
         let b = self.step.upload_with(device, batch, change)?;
         let cache = Some(&self.cache);
-        let pass = Pass { step: &self.step, device, frozen, lora, b: &b, cache };
+        let pass = Pass { cache, ..self.step.pass(device, frozen, lora, &b)? };
         if self.cache.is_decoding {
             // One shape a session, at addresses that stay.
             self.recorder.run(device, [0; 5], || self.enqueue(&pass), || ())?;

@@ -9,6 +9,7 @@ mod ahead;
 mod head;
 mod offload;
 pub(crate) mod pass;
+mod resident;
 
 use model::MicroBatch;
 
@@ -22,6 +23,7 @@ use crate::{CudaError, Frozen};
 use ahead::Ahead;
 use offload::Offload;
 use pass::Pass;
+use resident::Resident;
 
 /// What a forward pass keeps for the backward one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -78,6 +80,7 @@ enum Purpose {
 /// Buffers and tables of a training step of one shape.
 pub struct Step {
     activations: Activations,
+    trains: bool,
     attention: Option<Plan>,
     capacity: usize,
     /// Rows of the rotary tables: no sequence is longer.
@@ -86,8 +89,7 @@ pub struct Step {
     states: Vec<State>,
     /// Residual stream before each layer, and after the last; two in turn without a backward pass.
     residual: Vec<Buffer>,
-    /// Operands of the forward products by layer and group, where they stay on the device.
-    pub(crate) resident: Vec<[Buffer; 4]>,
+    resident: Option<Resident>,
     scratch: Buffer,
     dhidden: Buffer,
     dnormed: Buffer,
@@ -264,11 +266,7 @@ impl Step {
         let layers = if trains { c.num_hidden_layers } else { 1 };
         let kept = if activations == Activations::Keep { layers } else { 1 };
         let streams = if activations == Activations::Offload { 2 } else { layers + 1 };
-        let scratch = groups
-            .iter()
-            .map(|g| ((g.inputs + g.width) * g.outputs).max(g.inputs * (g.outputs + g.width)))
-            .max()
-            .unwrap_or(0);
+        let scratch = groups.iter().map(|g| g.row() * (g.outputs + g.width)).max().unwrap_or(0);
         let (cosines, sines) = rope_tables(c, positions);
         let size = device.dtype.size();
         let attention_scratch =
@@ -292,13 +290,14 @@ impl Step {
         };
         Ok(Self {
             activations,
+            trains,
             attention,
             capacity,
             positions,
             widths,
             states,
             residual,
-            resident: Vec::new(),
+            resident: None,
             scratch,
             dhidden: backward(rows * widest)?,
             dnormed: backward(rows * hidden.max(q) as u64)?,
@@ -317,6 +316,37 @@ impl Step {
         })
     }
 
+    /// Decodes the weights once for all passes where that takes no more than half of the memory that is
+    /// free, and says whether it did. It changes no bit of any result.
+    ///
+    /// # Errors
+    /// [`CudaError`] of the driver.
+    pub fn keep_weights(
+        &mut self,
+        device: &Device,
+        frozen: &Frozen,
+        lora: &Lora,
+    ) -> Result<bool, CudaError> {
+        // What was recorded reads other addresses.
+        self.recorder = Recorder::default();
+        self.resident = Resident::new(device, frozen, lora, self.trains)?;
+        Ok(self.resident.is_some())
+    }
+
+    /// A pass of a batch that is on the device.
+    pub(crate) fn pass<'a>(
+        &'a self,
+        device: &'a Device,
+        frozen: &'a Frozen,
+        lora: &'a Lora,
+        b: &'a Batch,
+    ) -> Result<Pass<'a>, CudaError> {
+        if let Some(resident) = &self.resident {
+            resident.refresh(device, frozen, lora)?;
+        }
+        Ok(Pass { step: self, device, frozen, lora, b, cache: None })
+    }
+
     /// Enqueues forward and backward: adds the gradient of `scale * sum of token losses` to that of
     /// `lora`, and the sum of token losses to the total.
     ///
@@ -331,7 +361,7 @@ impl Step {
         scale: f32,
     ) -> Result<(), CudaError> {
         let b = self.upload(device, batch, scale)?;
-        let pass = Pass { step: self, device, frozen, lora, b: &b, cache: None };
+        let pass = self.pass(device, frozen, lora, &b)?;
         // The copies of another stream, and launches that depend on the longest sequence.
         if self.offload.is_some() || self.attention.is_none() {
             return self.enqueue(&pass);
@@ -371,7 +401,7 @@ impl Step {
         batch: MicroBatch<'_>,
     ) -> Result<(), CudaError> {
         let b = self.upload(device, batch, 0.0)?;
-        let pass = Pass { step: self, device, frozen, lora, b: &b, cache: None };
+        let pass = self.pass(device, frozen, lora, &b)?;
         pass.trunk()?;
         pass.head(false)?;
         pass.settle()

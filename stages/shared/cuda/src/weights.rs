@@ -5,7 +5,7 @@ pub(crate) mod matrix;
 
 use checkpoint::{Absmax, FloatType, ModelConfig, Nf4, StoredMatrix};
 
-use crate::adapter::{Group, first_row};
+use crate::adapter::first_row;
 use crate::device::{Buffer, Device, args};
 use crate::{CudaError, Dtype, Lora};
 use matrix::Matrix;
@@ -33,6 +33,16 @@ pub struct Nested {
     map_and_scales: Buffer,
     /// Added to every decoded scale.
     offset: f32,
+}
+
+/// Which product an operand is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Direction {
+    /// `[out, in + width]`, B in the last columns: `[x, u]` times its transpose is `x Wᵀ + u Bᵀ`.
+    Forward,
+    /// `[out + width, in]` in rows of `in + width`, A in the last rows: `[dy, du]` times it is
+    /// `dy W + du A`.
+    Backward,
 }
 
 struct Layer {
@@ -205,59 +215,20 @@ impl Frozen {
         bias.map_or(0, Buffer::ptr)
     }
 
-    /// Decodes the group's weights into `scratch [out, in + width]`, B in the last columns, so that
-    /// one product of `[x, u]` gives `x Wᵀ + u Bᵀ`.
-    pub(crate) fn forward_operand(
+    /// Decodes the group's weights into rows of an operand: of `in + width` elements, which leave room
+    /// for the factors that [`Lora::put`] adds.
+    pub(crate) fn decode(
         &self,
         device: &Device,
-        lora: &Lora,
         (layer, index): (usize, usize),
-        scratch: u64,
-    ) -> Result<(), CudaError> {
-        let group = &lora.groups[layer][index];
-        let ld = group.inputs + group.width;
-        self.decode(device, layer, index, scratch, ld)?;
-        if group.width > 0 {
-            let to = scratch + group.inputs as u64 * device.dtype.size();
-            let from = lora.operand(group.b);
-            copy_columns(device, (from, group.width), (to, ld), group.width, group.outputs)?;
-        }
-        Ok(())
-    }
-
-    /// Decodes the group's weights into `scratch [out + width, in]`, A in the last rows, so that one
-    /// product of `[dy, du]` gives `dy W + du A`.
-    pub(crate) fn backward_operand(
-        &self,
-        device: &Device,
         lora: &Lora,
-        (layer, index): (usize, usize),
-        scratch: u64,
+        operand: u64,
     ) -> Result<(), CudaError> {
-        let Group { width, inputs, outputs, a, .. } = lora.groups[layer][index];
-        self.decode(device, layer, index, scratch, inputs)?;
-        let size = device.dtype.size();
-        let bytes = (width * inputs) as u64 * size;
-        if bytes > 0 {
-            device.timed("copy_rows", || {
-                device.copy(lora.operand(a), scratch + (outputs * inputs) as u64 * size, bytes)
-            })?;
-        }
-        Ok(())
-    }
-
-    fn decode(
-        &self,
-        device: &Device,
-        layer: usize,
-        group: usize,
-        scratch: u64,
-        ld: usize,
-    ) -> Result<(), CudaError> {
-        for projection in (0..NAMES.len()).filter(|p| crate::adapter::GROUP_OF[*p] == group) {
+        let ld = lora.groups[layer][index].row();
+        for projection in (0..NAMES.len()).filter(|p| crate::adapter::GROUP_OF[*p] == index) {
             let shape = shape(&self.config, projection);
             let row = first_row(&self.config, projection);
-            let to = scratch + (row * ld) as u64 * device.dtype.size();
+            let to = operand + (row * ld) as u64 * device.dtype.size();
             let linear = &self.layers[layer].linears[projection];
             decode_linear(device, linear, shape, to, ld)?;
         }

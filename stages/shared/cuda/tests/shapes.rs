@@ -56,7 +56,7 @@ fn to_bf16(value: f32) -> f32 {
     half::bf16::from_f32(value).to_f32()
 }
 
-/// Sum of losses and gradient, the same bits however activations are kept.
+/// Sum of losses and gradient, the same bits however activations and weights are kept.
 fn on_a_gpu(
     device: &Device,
     folder: &Path,
@@ -65,9 +65,17 @@ fn on_a_gpu(
 ) -> (f64, Vec<f32>) {
     let frozen = Frozen::load(device, folder).unwrap();
     let lora = Lora::new(device, config, adapter).unwrap();
-    let modes = [Activations::Keep, Activations::Recompute, Activations::Offload];
-    let results = modes.map(|activations| {
-        let step = Step::new(device, &frozen, &lora, row.tokens.len(), activations).unwrap();
+    let modes = [
+        (Activations::Keep, false),
+        (Activations::Keep, true),
+        (Activations::Recompute, false),
+        (Activations::Offload, false),
+    ];
+    let results = modes.map(|(activations, keeps_weights)| {
+        let mut step = Step::new(device, &frozen, &lora, row.tokens.len(), activations).unwrap();
+        if keeps_weights {
+            assert!(step.keep_weights(device, &frozen, &lora).unwrap());
+        }
         lora.zero_grad(device).unwrap();
         step.run(device, &frozen, &lora, row.batch(), SCALE).unwrap();
         (step.take_loss(device).unwrap(), lora.read_gradient(device).unwrap())

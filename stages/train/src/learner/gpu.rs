@@ -6,7 +6,9 @@ use std::time::Instant;
 
 use checkpoint::{ModelConfig, ModelFolder};
 use contract::{Reporter, StageError};
-use cuda::{AdamSettings, CudaError, Device as Gpu, Dtype, Frozen, Lora, Optimizer, Step};
+use cuda::{
+    Activations, AdamSettings, CudaError, Device as Gpu, Dtype, Frozen, Lora, Optimizer, Step,
+};
 use model::{Adapter, DropoutKey, Loss, MicroBatch, Model};
 use serde_json::Value;
 
@@ -35,6 +37,8 @@ struct Prepared {
     optimizer: Optimizer,
     step: Step,
     way: Way,
+    /// Weights are decoded once.
+    keeps_weights: bool,
     /// Tokens of the longest micro-batch and of the longest row.
     batch: usize,
     row: usize,
@@ -108,12 +112,14 @@ impl CudaLearner {
     /// Buffers and states for one way.
     fn make(&self, way: Way, (batch, row): (usize, usize)) -> Result<Prepared, CudaError> {
         let Way { activations, capacity } = way;
-        let step = Step::new(&self.gpu, &self.frozen, &self.lora, capacity, activations)?;
+        let mut step = Step::new(&self.gpu, &self.frozen, &self.lora, capacity, activations)?;
         let tensors = self.adapter.tensors();
         let maps = dynamic_maps();
         let spare = Some(step.spare());
         let optimizer = Optimizer::new(&self.gpu, self.settings, &tensors, &maps, spare)?;
-        Ok(Prepared { optimizer, step, way, batch, row })
+        let keeps_weights = activations == Activations::Keep
+            && step.keep_weights(&self.gpu, &self.frozen, &self.lora)?;
+        Ok(Prepared { optimizer, step, way, keeps_weights, batch, row })
     }
 
     /// Runs a micro-batch of the greatest size as often as it takes until it runs as in training, and
@@ -188,6 +194,7 @@ impl DecoderLearner for CudaLearner {
         if let Some(prepared) = &self.prepared {
             choices.push(("activations", prepared.way.name().into()));
             choices.push(("micro_batch_tokens", prepared.way.capacity.into()));
+            choices.push(("weights_decoded_once", prepared.keeps_weights.into()));
         }
         choices
     }
@@ -208,14 +215,15 @@ impl Learner for CudaLearner {
         let (prepared, seconds) = self
             .fit(&ways(self.activations, batch, row), (batch, row))
             .map_err(|error| no_room(error, self.activations, row))?;
-        let way = prepared.way;
+        let Prepared { way, keeps_weights, .. } = prepared;
         self.prepared = Some(prepared);
         let gib = |bytes: u64| bytes as f64 / f64::from(1u32 << 30);
         let rate = way.capacity as f64 / seconds;
+        let weights = if keeps_weights { ", weights decoded once" } else { "" };
         let whole = self.gpu.nvml_bytes().map(|b| format!(" (NVML: {:.2} GiB)", gib(b)));
         reporter.log(format!(
-            "{}: training takes {:.2} GiB of {:.1} GiB{}; activations: {}, {} tokens at once, \
-             about {rate:.0} tok/s",
+            "{}: training takes {:.2} GiB of {:.1} GiB{}; activations: {}{weights}, {} tokens at \
+             once, about {rate:.0} tok/s",
             self.gpu.name(),
             gib(self.gpu.peak_bytes()),
             gib(self.gpu.total_bytes()?),

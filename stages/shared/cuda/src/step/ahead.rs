@@ -6,27 +6,28 @@ use std::cell::Cell;
 use crate::CudaError;
 use crate::device::{Buffer, Device};
 use crate::lane::{Event, Lane};
+use crate::weights::Direction::{self, Backward, Forward};
 
-/// A group's operand: layer, group, and whether for the forward product.
+/// A group's operand.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Operand {
     pub(super) layer: usize,
     pub(super) group: usize,
-    pub(super) is_forward: bool,
+    pub(super) direction: Direction,
 }
 
 impl Operand {
     /// The operand that a step of `layers` layers needs after this one.
     pub(super) fn next(self, layers: usize) -> Option<Self> {
-        let Self { layer, group, is_forward } = self;
-        match (is_forward, group) {
-            (true, 3) if layer + 1 == layers => Some(Self { is_forward: false, ..self }),
-            (true, 3) => Some(Self { layer: layer + 1, group: 0, ..self }),
-            (true, _) => Some(Self { group: group + 1, ..self }),
+        let Self { layer, group, direction } = self;
+        match (direction, group) {
+            (Forward, 3) if layer + 1 == layers => Some(Self { direction: Backward, ..self }),
+            (Forward, 3) => Some(Self { layer: layer + 1, group: 0, ..self }),
+            (Forward, _) => Some(Self { group: group + 1, ..self }),
             // Nothing needs the gradient of the embeddings.
-            (false, 0 | 1) if layer == 0 => None,
-            (false, 0) => Some(Self { layer: layer - 1, group: 3, ..self }),
-            (false, _) => Some(Self { group: group - 1, ..self }),
+            (Backward, 0 | 1) if layer == 0 => None,
+            (Backward, 0) => Some(Self { layer: layer - 1, group: 3, ..self }),
+            (Backward, _) => Some(Self { group: group - 1, ..self }),
         }
     }
 }
@@ -122,14 +123,14 @@ mod tests {
 
     #[test]
     fn operands_come_in_the_order_of_a_step() {
-        let mut at = Some(Operand { layer: 0, group: 0, is_forward: true });
+        let mut at = Some(Operand { layer: 0, group: 0, direction: Forward });
         let mut seen = Vec::new();
         while let Some(operand) = at {
-            seen.push((operand.is_forward, operand.layer, operand.group));
+            seen.push((operand.direction, operand.layer, operand.group));
             at = operand.next(2);
         }
-        let forward = (0..2).flat_map(|l| (0..4).map(move |g| (true, l, g)));
-        let backward = (0..2).rev().flat_map(|l| (0..4).rev().map(move |g| (false, l, g)));
+        let forward = (0..2).flat_map(|l| (0..4).map(move |g| (Forward, l, g)));
+        let backward = (0..2).rev().flat_map(|l| (0..4).rev().map(move |g| (Backward, l, g)));
         // The last would be the gradient of the embeddings.
         let expected: Vec<_> = forward.chain(backward.take(7)).collect();
         assert_eq!(seen, expected);

@@ -111,7 +111,7 @@ impl Step {
     ) -> Result<Vec<f32>, CudaError> {
         let wanted = batch.targets.iter().filter(|t| **t != -100).count();
         let b = self.upload(device, batch, 0.0)?;
-        let pass = Pass { step: self, device, frozen, lora, b: &b, cache: None };
+        let pass = self.pass(device, frozen, lora, &b)?;
         pass.trunk()?;
         pass.norm_targets()?;
         let vocabulary = frozen.config.vocab_size;

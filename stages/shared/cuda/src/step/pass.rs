@@ -9,6 +9,7 @@ use crate::attention::Attention;
 use crate::device::{Device, args};
 use crate::gemm::{Gemm, View};
 use crate::generate::Cache;
+use crate::weights::Direction::{Backward, Forward};
 use crate::{CudaError, Dtype, Frozen};
 
 /// One micro-batch in progress.
@@ -305,11 +306,8 @@ impl Pass<'_> {
     ) -> Result<(), CudaError> {
         let g = self.lora.groups[layer][index];
         self.low_rank(at, x)?;
-        let k = g.inputs + g.width;
-        let operand = match self.step.resident.get(layer) {
-            Some(operands) => operands[index].ptr(),
-            None => self.operand(Operand { layer, group: index, is_forward: true })?,
-        };
+        let k = g.row();
+        let operand = self.operand(Operand { layer, group: index, direction: Forward })?;
         // Gate and up leave room for the gradient's low-rank columns.
         let ldy = g.outputs + if index == 2 { g.width } else { 0 };
         let (x, w) = (View::new(x, k), View::new(operand, k).t());
@@ -329,13 +327,14 @@ impl Pass<'_> {
 
     /// Address of a decoded operand.
     fn operand(&self, wanted: Operand) -> Result<u64, CudaError> {
+        let at = (wanted.layer, wanted.group);
+        if let Some(kept) = self.step.resident.as_ref().and_then(|r| r.operand(self.frozen, at)) {
+            return Ok(kept);
+        }
         let decode = |o: Operand, to: u64| {
             let at = (o.layer, o.group);
-            if o.is_forward {
-                self.frozen.forward_operand(self.device, self.lora, at, to)
-            } else {
-                self.frozen.backward_operand(self.device, self.lora, at, to)
-            }
+            self.frozen.decode(self.device, at, self.lora, to)?;
+            self.lora.put(self.device, at, o.direction, to)
         };
         let layers = self.frozen.config.num_hidden_layers;
         match self.ahead() {
@@ -379,7 +378,7 @@ impl Pass<'_> {
     ) -> Result<(), CudaError> {
         let g = self.lora.groups[layer][index];
         let (n, size) = (self.b.n, self.device.dtype.size());
-        let (gradient, ldx) = (View::new(dy, lddy), g.inputs + g.width);
+        let (gradient, ldx) = (View::new(dy, lddy), g.row());
         if g.width > 0 {
             let du = View::new(dy + g.outputs as u64 * size, lddy);
             let b = View::new(self.lora.operand(g.b), g.width);
@@ -402,8 +401,8 @@ impl Pass<'_> {
         if dx == 0 {
             return Ok(());
         }
-        let operand = self.operand(Operand { layer, group: index, is_forward: false })?;
-        let (k, w) = (g.outputs + g.width, View::new(operand, g.inputs));
+        let operand = self.operand(Operand { layer, group: index, direction: Backward })?;
+        let (k, w) = (g.outputs + g.width, View::new(operand, g.row()));
         let product = Gemm::new((n, g.inputs, k), gradient, w, View::new(dx, g.inputs));
         self.device.gemm("gemm backward", product)
     }
