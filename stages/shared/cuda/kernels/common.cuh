@@ -65,6 +65,7 @@ typedef T R;
 template <typename E> struct __align__(16) PackOf { E v[VECTOR]; };
 typedef PackOf<T> Pack;
 typedef PackOf<R> RPack;
+typedef PackOf<float> Floats;
 
 // x rounded to bf16 (to nearest, ties to even), or to f16.
 __device__ __forceinline__ float round_bf16(float x) {

@@ -1,13 +1,18 @@
 // What a decoder layer does beside products and attention. A block or a grid stride a row;
 // `ld*` are row strides in elements, so that a buffer may carry LoRA columns behind its own.
 
-// rsqrt(mean(x^2) + eps) of the block's row, kept in `rstd` for the backward pass.
-__device__ __forceinline__ float root_of(const RPack* row, float* rstd, int width, float eps) {
-  float sum = 0.f;
-  for (int i = threadIdx.x; i < width / VECTOR; i += blockDim.x) {
-    RPack p = row[i];
-    for (int j = 0; j < VECTOR; j++) sum += load(p.v[j]) * load(p.v[j]);
-  }
+// A norm needs its row before the sum over the block and again behind it. Where a thread has one pack of the
+// row (`once`), all that it reads is loaded before the sum and stays in registers: it waits for memory once.
+// What is fused is written out, since compilers choose otherwise in otherwise equal code.
+
+// sum + |p|^2
+__device__ __forceinline__ float add_squares(float sum, const RPack& p) {
+  for (int j = 0; j < VECTOR; j++) sum = __fmaf_rn(load(p.v[j]), load(p.v[j]), sum);
+  return sum;
+}
+
+// rsqrt(mean(x^2) + eps) of the block's row from the sums of its threads, kept in `rstd` for the backward pass.
+__device__ __forceinline__ float root_of(float sum, float* rstd, int width, float eps) {
   float r = rsqrtf(block_sum(sum) / width + eps);
   if (threadIdx.x == 0) rstd[blockIdx.x] = r;
   return r;
@@ -18,11 +23,21 @@ extern "C" __global__ void rms_norm(const R* x, int ldx, const float* w, T* y, i
                                     int width, float eps) {
   const RPack* row = (const RPack*)(x + (u64)blockIdx.x * ldx);
   Pack* out = (Pack*)(y + (u64)blockIdx.x * ldy);
-  float r = root_of(row, rstd, width, eps);
-  for (int i = threadIdx.x; i < width / VECTOR; i += blockDim.x) {
-    RPack p = row[i];
+  int packs = width / VECTOR;
+  bool once = packs <= blockDim.x;
+  RPack p;
+  Floats weights;
+  float sum = 0.f;
+  for (int i = threadIdx.x; i < packs; i += blockDim.x) {
+    p = row[i];
+    weights = ((const Floats*)w)[i];
+    sum = add_squares(sum, p);
+  }
+  float r = root_of(sum, rstd, width, eps);
+  for (int i = threadIdx.x; i < packs; i += blockDim.x) {
+    if (!once) p = row[i], weights = ((const Floats*)w)[i];
     Pack q;
-    for (int j = 0; j < VECTOR; j++) q.v[j] = store(load(p.v[j]) * r * w[i * VECTOR + j]);
+    for (int j = 0; j < VECTOR; j++) q.v[j] = store(__fmul_rn(__fmul_rn(load(p.v[j]), r), weights.v[j]));
     out[i] = q;
   }
 }
@@ -34,11 +49,22 @@ extern "C" __global__ void rms_norm_add(const R* x, const float* w, const R* res
   u64 at = (u64)blockIdx.x * width;
   const RPack *row = (const RPack*)(x + at), *before = (const RPack*)(residual + at);
   RPack* out = (RPack*)(y + at);
-  float r = root_of(row, rstd, width, eps);
+  int packs = width / VECTOR;
+  bool once = packs <= blockDim.x;
+  RPack p, q;
+  Floats weights;
+  float sum = 0.f;
+  for (int i = threadIdx.x; i < packs; i += blockDim.x) {
+    p = row[i];
+    if (y && once) q = before[i], weights = ((const Floats*)w)[i];
+    sum = add_squares(sum, p);
+  }
+  float r = root_of(sum, rstd, width, eps);
   if (!y) return;
-  for (int i = threadIdx.x; i < width / VECTOR; i += blockDim.x) {
-    RPack p = row[i], q = before[i];
-    for (int j = 0; j < VECTOR; j++) put(q.v[j], load(q.v[j]) + load(p.v[j]) * r * w[i * VECTOR + j]);
+  for (int i = threadIdx.x; i < packs; i += blockDim.x) {
+    if (!once) p = row[i], q = before[i], weights = ((const Floats*)w)[i];
+    for (int j = 0; j < VECTOR; j++)
+      put(q.v[j], __fmaf_rn(__fmul_rn(load(p.v[j]), r), weights.v[j], load(q.v[j])));
     out[i] = q;
   }
 }
@@ -49,20 +75,29 @@ extern "C" __global__ void rms_norm_backward(const R* x, int ldx, const float* w
   const RPack* row = (const RPack*)(x + (u64)blockIdx.x * ldx);
   const Pack* grad = (const Pack*)(dy + (u64)blockIdx.x * lddy);
   Pack* out = (Pack*)(dx + (u64)blockIdx.x * lddx);
+  int packs = width / VECTOR;
+  bool once = packs <= blockDim.x;
+  RPack p;
+  Pack g, d;
+  Floats weights;
   float r = rstd[blockIdx.x], dot = 0.f;
-  for (int i = threadIdx.x; i < width / VECTOR; i += blockDim.x) {
-    RPack p = row[i];
-    Pack g = grad[i];
-    for (int j = 0; j < VECTOR; j++) dot += load(g.v[j]) * w[i * VECTOR + j] * load(p.v[j]) * r;
+  for (int i = threadIdx.x; i < packs; i += blockDim.x) {
+    p = row[i];
+    g = grad[i];
+    weights = ((const Floats*)w)[i];
+    if (add && once) d = out[i];
+    for (int j = 0; j < VECTOR; j++)
+      dot = __fmaf_rn(__fmul_rn(__fmul_rn(load(g.v[j]), weights.v[j]), load(p.v[j])), r, dot);
   }
   dot = block_sum(dot) / width;
-  for (int i = threadIdx.x; i < width / VECTOR; i += blockDim.x) {
-    RPack p = row[i];
-    Pack g = grad[i], d;
-    if (add) d = out[i];
+  for (int i = threadIdx.x; i < packs; i += blockDim.x) {
+    if (!once) {
+      p = row[i], g = grad[i], weights = ((const Floats*)w)[i];
+      if (add) d = out[i];
+    }
     for (int j = 0; j < VECTOR; j++) {
-      float own = r * (load(g.v[j]) * w[i * VECTOR + j] - load(p.v[j]) * r * dot);
-      d.v[j] = store(add ? load(d.v[j]) + own : own);
+      float own = __fmaf_rn(load(g.v[j]), weights.v[j], -__fmul_rn(__fmul_rn(load(p.v[j]), r), dot));
+      d.v[j] = store(add ? __fmaf_rn(own, r, load(d.v[j])) : __fmul_rn(r, own));
     }
     out[i] = d;
   }
@@ -81,9 +116,10 @@ extern "C" __global__ void rope(T* x, int ld, int heads, int d, const int* posit
   u64 at = (u64)positions[row] * half + j;
   T* p = x + (u64)row * ld + head * d + j;
   Pack a = *(Pack*)p, b = *(Pack*)(p + half);
+  Floats cosine = *(const Floats*)(cosines + at), sine = *(const Floats*)(sines + at);
 #pragma unroll
   for (int e = 0; e < VECTOR; e++) {
-    float c = cosines[at + e], s = sign * sines[at + e], u = load(a.v[e]), w = load(b.v[e]);
+    float c = cosine.v[e], s = sign * sine.v[e], u = load(a.v[e]), w = load(b.v[e]);
     a.v[e] = store(u * c - w * s);
     b.v[e] = store(w * c + u * s);
   }
