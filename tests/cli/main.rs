@@ -15,6 +15,8 @@ mod diagnostics;
 mod doctor;
 mod events;
 mod failures;
+#[cfg(feature = "stages")]
+mod filled;
 mod full_disk;
 mod gpus;
 #[cfg(feature = "remote")]

@@ -4,18 +4,13 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
-use std::sync::Arc;
 use std::time::SystemTime;
 
-use contract::{OutputForm, StageKind};
-use pipe::cache::Cache;
-use pipe::graph::StageGraph;
-use pipe::lockfile::Lockfile;
-use pipe::pipeline::{Kinds, Overrides, Pipeline, Stage};
-use pipe::plan::{Decided, Decision, PlanOptions, Planner, Records};
-use pipe::record::{OutputRecord, Record};
-use serde_json::{Map, Value};
+use contract::StageKind;
+use pipe::pipeline::{Kinds, Overrides};
+use serde_json::Value;
 
+use crate::filled::filled;
 use crate::space::Space;
 
 const QUICKSTART: &str = include_str!("../../pipelines/quickstart.yaml");
@@ -46,67 +41,9 @@ fn fill(space: &Space, changes: &[&str]) {
         &stage_train::Train,
         &stage_report::Report,
     ];
-    let file = space.path("pipeline.yaml");
     let set: Vec<String> = changes.iter().map(|change| (*change).to_owned()).collect();
     let overrides = Overrides { profile: None, set: &set };
-    let pipeline = Pipeline::load(&file, overrides, Kinds(&kinds)).unwrap();
-    let graph = StageGraph::new(&pipeline);
-    let cache = Cache::open(&space.cache()).unwrap();
-    let lock = Lockfile::beside(&file).unwrap();
-    let options = PlanOptions::default();
-    let planner = Planner { pipeline: &pipeline, graph: &graph, cache: &cache, options: &options };
-    let mut records = Records::new();
-    for name in graph.order() {
-        let stage = pipeline.stage(name).unwrap();
-        let decided = planner.decide(stage, &records, &lock).unwrap();
-        let record = match decided.decision {
-            Decision::Reuse { record } => record,
-            _ => Arc::new(publish(&cache, stage, decided)),
-        };
-        cache.set_last(&pipeline.name, name, &stage.kind, record.fingerprint);
-        records.insert(name.to_owned(), record);
-    }
-}
-
-fn publish(cache: &Cache, stage: &Stage, decided: Decided) -> Record {
-    let work = cache.work_dir().unwrap();
-    let mut record = Record {
-        fingerprint: decided.fingerprint,
-        identity: decided.identity,
-        stage: stage.name.clone(),
-        params: stage.signature.params.clone(),
-        outputs: [].into(),
-        seconds: 0.0,
-        started_at: 0,
-        finished_at: 0,
-        telemetry: Map::new(),
-        provenance: Map::new(),
-        warnings: Vec::new(),
-        lock: None,
-    };
-    for spec in &stage.signature.outputs {
-        let path = work.path().join(&spec.file_name);
-        let file = match spec.form {
-            OutputForm::File => path.clone(),
-            OutputForm::Tree => {
-                fs::create_dir(&path).unwrap();
-                path.join("file")
-            }
-        };
-        fs::write(file, format!("{} {}", spec.name, record.fingerprint)).unwrap();
-        let stored = cache.ingest(&path, spec.form).unwrap();
-        let output = OutputRecord {
-            exec: false,
-            digest: stored.digest,
-            form: spec.form,
-            class: spec.class,
-            bytes: stored.bytes,
-            file_name: spec.file_name.clone(),
-        };
-        record.outputs.insert(spec.name.clone(), output);
-    }
-    cache.publish(&record, false).unwrap();
-    record
+    filled(&space.path("pipeline.yaml"), overrides, Kinds(&kinds), &space.cache()).unwrap();
 }
 
 /// Stages that would or might run.
