@@ -110,12 +110,16 @@ enum Command {
     /// Print the log of a stage: of what it would reuse, else the newest
     Logs(logs::Args),
     /// Show or compare what stages measured
+    #[command(subcommand)]
     Metrics(metrics::Args),
     /// Compare params
+    #[command(subcommand)]
     Params(params::Args),
     /// Compare predictions row by row
+    #[command(subcommand)]
     Predictions(predictions::Args),
     /// List, show or compare runs
+    #[command(subcommand)]
     Runs(runs::Args),
     /// Write a commented starter pipeline
     Init(init::Args),
@@ -126,6 +130,7 @@ enum Command {
     /// Make a key that signs records, or show its public half
     Keys(keys::Args),
     /// Verify, repair, list, measure, pin or collect what the cache holds
+    #[command(subcommand)]
     Cache(cache::Args),
     /// List the stage kinds, or the params, inputs and outputs of one
     Kinds(kinds::Args),

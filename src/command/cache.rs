@@ -14,14 +14,8 @@ use crate::exit_code;
 use crate::plan::{Decision, PlanOptions};
 use crate::record::Record;
 
-#[derive(Debug, clap::Args)]
-pub(super) struct Args {
-    #[command(subcommand)]
-    action: Action,
-}
-
 #[derive(Debug, clap::Subcommand)]
-enum Action {
+pub(super) enum Args {
     /// Read every record and object and say what is damaged
     Verify,
     /// The same, and move what is damaged to the quarantine, so that the next run makes it anew
@@ -67,14 +61,14 @@ pub(super) fn run(context: &Context<'_>, args: &Args) -> Result<u8, CommandError
         Some(root) => Ok(Cache::open(root)?),
         None => context.project().map(|project| project.cache),
     };
-    match &args.action {
-        Action::Verify => verify(&cache()?, false, &say),
-        Action::Repair => verify(&cache()?, true, &say),
-        Action::Ls => list(&cache()?, &say),
-        Action::Du => usage(&cache()?, &say),
-        Action::Pin { stage } => pin(&context.project()?, stage, true, &say),
-        Action::Unpin { stage } => pin(&context.project()?, stage, false, &say),
-        Action::Gc { older_than, max_size, dry_run } => {
+    match args {
+        Args::Verify => verify(&cache()?, false, &say),
+        Args::Repair => verify(&cache()?, true, &say),
+        Args::Ls => list(&cache()?, &say),
+        Args::Du => usage(&cache()?, &say),
+        Args::Pin { stage } => pin(&context.project()?, stage, true, &say),
+        Args::Unpin { stage } => pin(&context.project()?, stage, false, &say),
+        Args::Gc { older_than, max_size, dry_run } => {
             let (older_than, dry_run) = (*older_than, *dry_run);
             // Without a word about either the cap of automatic collections holds.
             let cap = if older_than.is_none() { cap_of_environment()? } else { None };

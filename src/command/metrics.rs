@@ -14,14 +14,8 @@ const LARGEST: u64 = 16 << 20;
 /// Metrics that fit beside each other.
 const MOST_COLUMNS: usize = 6;
 
-#[derive(Debug, clap::Args)]
-pub(super) struct Args {
-    #[command(subcommand)]
-    action: Action,
-}
-
 #[derive(Debug, clap::Subcommand)]
-enum Action {
+pub(super) enum Args {
     /// Show the metrics of stages, points, runs or revisions [default: all that are cached]
     Show {
         /// `[RUN|REVISION:][STAGE]`, such as `'dev-eval@*'` or `last:tuned-eval`
@@ -42,7 +36,7 @@ enum Action {
 }
 
 #[derive(Debug, clap::Args)]
-struct Which {
+pub(super) struct Which {
     /// Only metrics whose dotted path begins so; may be repeated
     #[arg(long = "metric", value_name = "PATH")]
     metrics: Vec<String>,
@@ -59,9 +53,9 @@ impl Which {
 
 pub(super) fn run(context: &Context<'_>, args: &Args) -> Result<u8, CommandError> {
     let project = context.project()?;
-    match &args.action {
-        Action::Show { sides, which } => show(context, &project, sides, which)?,
-        Action::Diff { from, to, which } => {
+    match args {
+        Args::Show { sides, which } => show(context, &project, sides, which)?,
+        Args::Diff { from, to, which } => {
             let (from, to) = context.sides(&project, from, to.as_deref())?;
             diff(context, &project, &from, &to, which)?;
         }

@@ -12,14 +12,8 @@ use crate::exit_code;
 use crate::fingerprint::canonical;
 use crate::plan::beside;
 
-#[derive(Debug, clap::Args)]
-pub(super) struct Args {
-    #[command(subcommand)]
-    action: Action,
-}
-
 #[derive(Debug, clap::Subcommand)]
-enum Action {
+pub(super) enum Args {
     /// Show which params differ, defaults included
     Diff {
         /// `[RUN|REVISION:][STAGE]`, such as `HEAD~1:` or `train@learning_rate=1e-4`
@@ -31,7 +25,7 @@ enum Action {
 
 pub(super) fn run(context: &Context<'_>, args: &Args) -> Result<u8, CommandError> {
     let project = context.project()?;
-    let Action::Diff { from, to } = &args.action;
+    let Args::Diff { from, to } = args;
     let (from, to) = context.sides(&project, from, to.as_deref())?;
     let (mut rows, mut listed) = (Vec::new(), Vec::new());
     for (name, a, b) in Side::pairs(&from, &to) {

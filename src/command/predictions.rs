@@ -14,14 +14,8 @@ const LARGEST: u64 = 256 << 20;
 /// Characters of an answer that are shown to people.
 const SHOWN: usize = 100;
 
-#[derive(Debug, clap::Args)]
-pub(super) struct Args {
-    #[command(subcommand)]
-    action: Action,
-}
-
 #[derive(Debug, clap::Subcommand)]
-enum Action {
+pub(super) enum Args {
     /// Show which rows are right now and were wrong before (wins), and the reverse (regressions)
     Diff {
         /// `[RUN|REVISION:]STAGE`, such as `baseline-eval` or `HEAD~1:tuned-eval`
@@ -60,7 +54,7 @@ struct Comparison<'a> {
 
 pub(super) fn run(context: &Context<'_>, args: &Args) -> Result<u8, CommandError> {
     let project = context.project()?;
-    let Action::Diff { from, to, by, output } = &args.action;
+    let Args::Diff { from, to, by, output } = args;
     let (from, to) = context.sides(&project, from, to.as_deref())?;
     let before = rows(&project, &from, output, by)?;
     let after = rows(&project, &to, output, by)?;

@@ -13,14 +13,8 @@ use crate::exit_code;
 use crate::plan::beside;
 use crate::runs::{RunRecord, RunStatus};
 
-#[derive(Debug, clap::Args)]
-pub(super) struct Args {
-    #[command(subcommand)]
-    action: Action,
-}
-
 #[derive(Debug, clap::Subcommand)]
-enum Action {
+pub(super) enum Args {
     /// List the runs that did something, newest first
     Ls {
         /// Runs of every pipeline that uses this cache
@@ -44,13 +38,13 @@ enum Action {
 
 pub(super) fn run(context: &Context<'_>, args: &Args) -> Result<u8, CommandError> {
     let project = context.project()?;
-    let (text, value) = match &args.action {
-        Action::Ls { all } => list(&project, *all)?,
-        Action::Show { run } => {
+    let (text, value) = match args {
+        Args::Ls { all } => list(&project, *all)?,
+        Args::Show { run } => {
             let run = find_run(&project, run)?.ok_or_else(|| unknown(&project, run))?;
             (shown(&run), json!(run))
         }
-        Action::Compare { from, to } => {
+        Args::Compare { from, to } => {
             let (from, to) = context.sides(&project, from, to.as_deref())?;
             compare(&project, &from, &to)?
         }
