@@ -203,9 +203,10 @@ impl Transfer<'_> {
     }
 
     fn wrong(&self, digest: Digest, error: CacheError) -> RemoteError {
-        let CacheError::Damaged(what) = error else { return error.into() };
-        self.remote.mark_damaged(digest);
-        RemoteError::Damaged(format!("object {} {what} on the remote", digest.short()))
+        match error {
+            CacheError::Damaged(what) => self.missing(digest, &what),
+            error => error.into(),
+        }
     }
 
     async fn parts(
