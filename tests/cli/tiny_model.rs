@@ -1,5 +1,7 @@
-//! A GGUF file small enough to write by hand: a tokenizer with a token a character, a chat
-//! template, the shape of a Llama, and one tensor.
+//! A small GGUF file: a tokenizer with a token a character, a chat template, the shape of a Llama,
+//! and one tensor.
+
+use checkpoint::{GgmlType, GgufWriter};
 
 /// Marks the end of a turn.
 const END: &str = "</s>";
@@ -7,12 +9,6 @@ const END: &str = "</s>";
 pub(crate) const CONTEXT: u32 = 256;
 /// Width of the one tensor.
 const WIDTH: u32 = 8;
-/// Types of GGUF's metadata.
-const U32: u32 = 4;
-const I32: u32 = 5;
-const F32: u32 = 6;
-const TEXT: u32 = 8;
-const LIST: u32 = 9;
 
 /// A template that renders every role.
 pub(crate) const TEMPLATE: &str = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>\n\
@@ -22,12 +18,12 @@ pub(crate) const TEMPLATE: &str = "{% for m in messages %}<{{ m.role }}>{{ m.con
 pub(crate) fn gguf(template: &str) -> Vec<u8> {
     // Byte-level BPE spells a space and a new line so.
     let mut tokens: Vec<String> = ('!'..='~').chain(['Ġ', 'Ċ']).map(String::from).collect();
+    let mut types = vec![1; tokens.len()];
+    let end = tokens.len() as u32;
     tokens.push(END.to_owned());
-    let rows = tokens.len() as u32;
-    let types: Vec<u8> =
-        (1..=rows).flat_map(|id| if id == rows { 3_u32 } else { 1 }.to_le_bytes()).collect();
-    let mut head = Head::default();
-    head.text("general.architecture", "llama");
+    types.push(3);
+    let mut writer = GgufWriter::new();
+    writer.str("general.architecture", "llama");
     for (key, value) in [
         ("block_count", 1),
         ("context_length", CONTEXT),
@@ -35,64 +31,19 @@ pub(crate) fn gguf(template: &str) -> Vec<u8> {
         ("feed_forward_length", WIDTH),
         ("attention.head_count", 1),
     ] {
-        head.pair(&format!("llama.{key}"), U32, &value.to_le_bytes());
+        writer.u32(&format!("llama.{key}"), value);
     }
-    head.pair("llama.attention.layer_norm_rms_epsilon", F32, &1e-5_f32.to_le_bytes());
-    head.text("tokenizer.ggml.model", "gpt2");
-    head.list(
-        "tokenizer.ggml.tokens",
-        TEXT,
-        tokens.len(),
-        tokens.iter().flat_map(|t| text(t)).collect(),
-    );
-    head.list("tokenizer.ggml.token_type", I32, tokens.len(), types);
-    head.list("tokenizer.ggml.merges", TEXT, 0, Vec::new());
-    head.pair("tokenizer.ggml.eos_token_id", U32, &(rows - 1).to_le_bytes());
-    head.text("tokenizer.chat_template", template);
-    head.file(rows)
-}
-
-/// Metadata in the making.
-#[derive(Default)]
-struct Head {
-    pairs: u64,
-    bytes: Vec<u8>,
-}
-
-impl Head {
-    fn pair(&mut self, key: &str, kind: u32, value: &[u8]) {
-        self.pairs += 1;
-        self.bytes.extend(text(key));
-        self.bytes.extend(kind.to_le_bytes());
-        self.bytes.extend(value);
-    }
-
-    fn text(&mut self, key: &str, value: &str) {
-        self.pair(key, TEXT, &text(value));
-    }
-
-    fn list(&mut self, key: &str, kind: u32, len: usize, items: Vec<u8>) {
-        let value = [kind.to_le_bytes().to_vec(), (len as u64).to_le_bytes().to_vec(), items];
-        self.pair(key, LIST, &value.concat());
-    }
-
-    /// Version 3, one tensor of zeros.
-    fn file(self, rows: u32) -> Vec<u8> {
-        let mut file = b"GGUF\x03\0\0\0".to_vec();
-        file.extend(1_u64.to_le_bytes());
-        file.extend(self.pairs.to_le_bytes());
-        file.extend(self.bytes);
-        file.extend(text("token_embd.weight"));
-        file.extend(2_u32.to_le_bytes());
-        file.extend(u64::from(WIDTH).to_le_bytes());
-        file.extend(u64::from(rows).to_le_bytes());
-        // f32, at the beginning of the data.
-        file.extend([0; 4 + 8]);
-        file.resize(file.len().next_multiple_of(32) + (WIDTH * rows * 4) as usize, 0);
-        file
-    }
-}
-
-fn text(text: &str) -> Vec<u8> {
-    [&(text.len() as u64).to_le_bytes(), text.as_bytes()].concat()
+    writer.f32("llama.attention.layer_norm_rms_epsilon", 1e-5);
+    writer.str("tokenizer.ggml.model", "gpt2");
+    writer.strings("tokenizer.ggml.tokens", &tokens);
+    writer.i32s("tokenizer.ggml.token_type", &types);
+    writer.strings("tokenizer.ggml.merges", &[]);
+    writer.u32("tokenizer.ggml.eos_token_id", end);
+    writer.str("tokenizer.chat_template", template);
+    let shape = [tokens.len(), WIDTH as usize];
+    writer.tensor("token_embd.weight", GgmlType::F32, &shape).unwrap();
+    let mut file = Vec::new();
+    let zeros = vec![0; 4 * shape[0] * shape[1]];
+    writer.write(&mut file, |_| Ok::<_, std::io::Error>(zeros.clone())).unwrap();
+    file
 }

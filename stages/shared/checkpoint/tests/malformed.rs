@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use checkpoint::{Gguf, LinearWeight, ModelConfig, ModelFolder, Weights};
+use checkpoint::{GgmlType, Gguf, GgufWriter, LinearWeight, ModelConfig, ModelFolder, Weights};
 use proptest::prelude::*;
 use safetensors::SafeTensors;
 
@@ -77,33 +77,13 @@ fn safetensors_file() -> Vec<u8> {
 
 /// Metadata of every kind and a Q4_K tensor `[2, 256]`.
 fn gguf_file() -> Vec<u8> {
-    let text = |out: &mut Vec<u8>, text: &str| {
-        out.extend((text.len() as u64).to_le_bytes());
-        out.extend(text.as_bytes());
-    };
-    let mut out = b"GGUF".to_vec();
-    out.extend(3_u32.to_le_bytes());
-    out.extend(1_u64.to_le_bytes());
-    out.extend(3_u64.to_le_bytes());
-    text(&mut out, "general.architecture");
-    out.extend(8_u32.to_le_bytes());
-    text(&mut out, "llama");
-    text(&mut out, "llama.block_count");
-    out.extend(4_u32.to_le_bytes());
-    out.extend(1_u32.to_le_bytes());
-    text(&mut out, "tokenizer.ggml.tokens");
-    out.extend(9_u32.to_le_bytes());
-    out.extend(8_u32.to_le_bytes());
-    out.extend(3_u64.to_le_bytes());
-    for token in ["a", "", "bc"] {
-        text(&mut out, token);
-    }
-    text(&mut out, "token_embd.weight");
-    out.extend(2_u32.to_le_bytes());
-    out.extend([256_u64, 2].iter().flat_map(|d| d.to_le_bytes()));
-    out.extend(12_u32.to_le_bytes());
-    out.extend(0_u64.to_le_bytes());
-    out.resize(out.len().next_multiple_of(32) + 288, 3);
+    let mut writer = GgufWriter::new();
+    writer.str("general.architecture", "llama");
+    writer.u32("llama.block_count", 1);
+    writer.strings("tokenizer.ggml.tokens", &["a", "", "bc"].map(str::to_owned));
+    writer.tensor("token_embd.weight", GgmlType::Q4_K, &[2, 256]).unwrap();
+    let mut out = Vec::new();
+    writer.write(&mut out, |_| Ok::<_, std::io::Error>(vec![3; 288])).unwrap();
     out
 }
 
