@@ -71,24 +71,30 @@ fn ways(whole: &[u8]) -> Vec<Option<Vec<u8>>> {
     ways
 }
 
-#[test]
-fn every_damaged_object_is_noticed_and_made_anew_in_the_same_run() {
+/// Damages every file of a folder of the cache in every way; each time a run makes it anew.
+fn damage_all(folder: &str) -> Space {
     let space = Space::new(MIXED);
     space.pipe(&["run"]).code(0);
-    for object in files(&space.cache().join("objects-v1"), 2) {
-        let whole = fs::read(&object).unwrap();
+    for file in files(&space.cache().join(folder), 2) {
+        let whole = fs::read(&file).unwrap();
         for way in ways(&whole) {
             // What is never the same was made anew, and is another now.
-            if !is_used(&space, &object) {
+            if !is_used(&space, &file) {
                 break;
             }
-            spoil(&object, way.as_deref());
+            spoil(&file, way.as_deref());
             space.pipe(&["plan", "--check"]).code(6);
             space.pipe(&["run"]).code(0);
             space.pipe(&["plan", "--check"]).code(0);
         }
     }
     assert!(space.pipe(&["cache", "verify"]).code(0).out.contains("all sound"));
+    space
+}
+
+#[test]
+fn every_damaged_object_is_noticed_and_made_anew_in_the_same_run() {
+    let space = damage_all("objects-v1");
     space.pipe(&["outputs", "folder", "--to", "kept"]).code(0);
     assert_eq!(fs::read_to_string(space.path("kept/out/a/b/1")).unwrap(), "1\n");
     assert_ne!(fs::metadata(space.path("kept/out/x")).unwrap().permissions().mode() & 0o111, 0);
@@ -119,21 +125,7 @@ fn damage_that_keeps_size_and_time_is_found_by_verify() {
 
 #[test]
 fn every_damaged_record_is_noticed_and_made_anew_in_the_same_run() {
-    let space = Space::new(MIXED);
-    space.pipe(&["run"]).code(0);
-    for record in files(&space.cache().join("records-v1"), 2) {
-        let whole = fs::read(&record).unwrap();
-        for way in ways(&whole) {
-            if !is_used(&space, &record) {
-                break;
-            }
-            spoil(&record, way.as_deref());
-            space.pipe(&["plan", "--check"]).code(6);
-            space.pipe(&["run"]).code(0);
-            space.pipe(&["plan", "--check"]).code(0);
-        }
-    }
-    assert!(space.pipe(&["cache", "verify"]).code(0).out.contains("all sound"));
+    damage_all("records-v1");
 }
 
 #[test]
