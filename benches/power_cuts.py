@@ -23,7 +23,7 @@ from collections import Counter
 from pathlib import Path
 
 sys.dont_write_bytecode = True
-from kill_storm import PIPELINE, children
+from kill_storm import PIPELINE, children, object_of
 from layer import Layer, libc, private_mounts
 
 PR_SET_CHILD_SUBREAPER = 36
@@ -78,7 +78,7 @@ class Trials:
         if kind == "forced":
             return kind, ["run", "--force", "--set", f"value={self.value}"]
         if kind == "damaged":
-            damaged = self.object_of(self.dice.choice(["first", "wide", "other", "join", "last"]))
+            damaged = object_of(self.cache, self.dice.choice(["first", "wide", "other", "join", "last"]))
             damaged.chmod(0o644)
             damaged.write_bytes(damaged.read_bytes()[1:] + b"!")
             self.layer("sync")
@@ -125,16 +125,10 @@ class Trials:
         wide = "".join(f"{i} first {self.value}\n" for i in (1, 2, 3))
         joined = f"{wide}other {self.value}\n"
         for stage, wanted in [("join", joined), ("last", f"4\n{joined}")]:
-            if self.object_of(stage).read_text() != wanted:
+            if object_of(self.cache, stage).read_text() != wanted:
                 self.wrong("corrupt", way, f"{kind}: {stage}")
         if self.dice.random() < 0.5:
             self.layer("sync")
-
-    def object_of(self, stage):
-        last = json.loads(next(self.cache.glob(f"last/storm/*/{stage}.json")).read_text())
-        record = json.loads((self.cache / "records-v1/command" / f"{last['fingerprint']}.json").read_text())
-        digest = record["outputs"]["out"]["digest"]
-        return self.cache / "objects-v1" / digest[:2] / digest[2:]
 
     def wrong(self, what, way, text):
         self.counts[what] += 1
