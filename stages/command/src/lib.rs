@@ -107,8 +107,7 @@ impl StageKind for Command {
             free_inputs: true,
             resources: params.resources.clone(),
             nondeterministic: params.nondeterministic,
-            params: serde_json::to_value(&params).map_err(|e| ParamError::at("", e.to_string()))?,
-            ..Signature::default()
+            ..Signature::of(&params)?
         })
     }
 

@@ -96,7 +96,6 @@ impl StageKind for Export {
         if params.max_shard_bytes == 0 {
             return Err(ParamError::at("max_shard_bytes", "at least 1"));
         }
-        let value = serde_json::to_value(&params).map_err(|e| ParamError::at("", e.to_string()))?;
         let mut inputs = vec![
             InputSpec::required("model", "folder of the model that was trained on"),
             InputSpec::optional("adapter", "PEFT folder to merge"),
@@ -105,15 +104,13 @@ impl StageKind for Export {
             inputs.push(InputSpec::required("original", "folder of its weights in 16 or 32 bits"));
         }
         Ok(Signature {
-            params: value.clone(),
-            identity: value,
             inputs,
             outputs: vec![
                 OutputSpec::tree("model", "model"),
                 OutputSpec::file("stats", "export.json"),
             ],
             resources: [("cpu".to_owned(), 1)].into(),
-            ..Signature::default()
+            ..Signature::of(&params)?
         })
     }
 

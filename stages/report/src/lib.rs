@@ -76,10 +76,7 @@ impl StageKind for Report {
 
     fn resolve(&self, params: &Value) -> Result<Signature, ParamError> {
         let params: Params = parse_params(params)?;
-        let value = serde_json::to_value(&params).map_err(|e| ParamError::at("", e.to_string()))?;
         Ok(Signature {
-            params: value.clone(),
-            identity: value,
             inputs: vec![
                 InputSpec::required("tuned_metrics", "metrics of the tuned model"),
                 InputSpec::optional("tuned_predictions", "its predictions"),
@@ -100,7 +97,7 @@ impl StageKind for Report {
                 OutputSpec::file("markdown", "report.md").telemetry(),
             ],
             reads_records: true,
-            ..Signature::default()
+            ..Signature::of(&params)?
         })
     }
 

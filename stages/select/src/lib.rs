@@ -88,10 +88,7 @@ impl StageKind for Select {
         if params.metric.split('.').any(str::is_empty) {
             return Err(ParamError::at("metric", "a dotted path such as `strict_accuracy.value`"));
         }
-        let value = serde_json::to_value(&params).map_err(|e| ParamError::at("", e.to_string()))?;
         Ok(Signature {
-            identity: value.clone(),
-            params: value,
             inputs: vec![
                 InputSpec::required("metrics", "gathered metrics to choose by"),
                 InputSpec::optional("candidates", "gathered artifacts, of which one is handed on"),
@@ -100,7 +97,7 @@ impl StageKind for Select {
                 OutputSpec::file("choice", "choice.json"),
                 OutputSpec::tree("chosen", "chosen").optional(),
             ],
-            ..Signature::default()
+            ..Signature::of(&params)?
         })
     }
 

@@ -125,7 +125,6 @@ impl StageKind for Subsample {
     fn resolve(&self, params: &Value) -> Result<Signature, ParamError> {
         let params: Params = parse_params(params)?;
         params.check()?;
-        let value = serde_json::to_value(&params).map_err(|e| ParamError::at("", e.to_string()))?;
         let mut outputs =
             vec![OutputSpec::file("train", "train.jsonl"), OutputSpec::file("test", "test.jsonl")];
         if params.dev.is_some() {
@@ -133,11 +132,9 @@ impl StageKind for Subsample {
         }
         outputs.push(OutputSpec::file("stats", "split-stats.json"));
         Ok(Signature {
-            params: value.clone(),
-            identity: value,
             inputs: vec![InputSpec::required("data", "folder or file with the rows")],
             outputs,
-            ..Signature::default()
+            ..Signature::of(&params)?
         })
     }
 

@@ -89,10 +89,7 @@ impl StageKind for Template {
 
     fn resolve(&self, params: &Value) -> Result<Signature, ParamError> {
         let params: Params = parse_params(params)?;
-        let value = serde_json::to_value(&params).map_err(|e| ParamError::at("", e.to_string()))?;
         Ok(Signature {
-            params: value.clone(),
-            identity: value,
             inputs: vec![
                 InputSpec::required("model", "model folder, for its chat template"),
                 InputSpec::required("train", "rows to train on"),
@@ -107,7 +104,7 @@ impl StageKind for Template {
                 OutputSpec::file("manual", "manual-prompts.jsonl"),
                 OutputSpec::file("stats", "template-stats.json"),
             ],
-            ..Signature::default()
+            ..Signature::of(&params)?
         })
     }
 

@@ -116,10 +116,7 @@ impl StageKind for TokenizePack {
         if params.pack_batch == 0 {
             return Err(ParamError::at("pack_batch", "must be 1 or more"));
         }
-        let value = serde_json::to_value(&params).map_err(|e| ParamError::at("", e.to_string()))?;
         Ok(Signature {
-            params: value.clone(),
-            identity: value,
             inputs: vec![
                 InputSpec::required("model", "model folder, for its tokenizer"),
                 InputSpec::required("train", "rendered texts to train on"),
@@ -130,7 +127,7 @@ impl StageKind for TokenizePack {
                 OutputSpec::file("dev", "dev.tokens.safetensors").optional(),
                 OutputSpec::file("stats", "token-stats.json"),
             ],
-            ..Signature::default()
+            ..Signature::of(&params)?
         })
     }
 

@@ -5,6 +5,8 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::ParamError;
+
 /// Result of [`crate::StageKind::resolve`].
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Signature {
@@ -36,6 +38,17 @@ pub struct Signature {
     pub reads_records: bool,
     /// The outputs may differ between two runs of one fingerprint (a shell command, say).
     pub nondeterministic: bool,
+}
+
+impl Signature {
+    /// Params that all count, without inputs and outputs.
+    ///
+    /// # Errors
+    /// [`ParamError`] where they are no JSON.
+    pub fn of(params: &impl Serialize) -> Result<Self, ParamError> {
+        let params = serde_json::to_value(params).map_err(|e| ParamError::at("", e.to_string()))?;
+        Ok(Self { identity: params.clone(), params, ..Self::default() })
+    }
 }
 
 /// One named input.
