@@ -182,21 +182,7 @@ mod tests {
 
     fn request(dir: &std::path::Path, run: &str) -> Request {
         let params = json!({"run": run, "outputs": {"out": {"file": "out.txt"}}});
-        let signature = Command.resolve(&params).unwrap();
-        Request {
-            protocol: contract::PROTOCOL,
-            stage: "s".into(),
-            kind: "command".into(),
-            params: signature.params,
-            inputs: BTreeMap::new(),
-            outputs: [("out".to_owned(), dir.join("out.txt"))].into(),
-            scratch: dir.join("scratch"),
-            earlier_scratch: vec![],
-            pipeline_dir: dir.to_owned(),
-            lock: None,
-            upstream: vec![],
-            threads: 1,
-        }
+        fixtures::request(&Command, &params, &[], dir)
     }
 
     #[test]

@@ -22,23 +22,9 @@ impl Trial {
     /// Scratch folders of `earlier` attempts are handed over.
     pub(crate) fn new(params: Value, inputs: &[(&str, &Path)], earlier: &[&Self]) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let signature = Evaluate.resolve(&params).unwrap();
-        let outputs =
-            signature.outputs.iter().map(|o| (o.name.clone(), dir.path().join(&o.file_name)));
-        let request = Request {
-            protocol: contract::PROTOCOL,
-            stage: "evaluate".to_owned(),
-            kind: "evaluate".to_owned(),
-            params: signature.params,
-            inputs: inputs.iter().map(|(n, p)| ((*n).to_owned(), p.to_path_buf())).collect(),
-            outputs: outputs.collect::<BTreeMap<_, _>>(),
-            scratch: dir.path().join("scratch"),
-            earlier_scratch: earlier.iter().map(|t| t.request.scratch.clone()).collect(),
-            pipeline_dir: dir.path().to_owned(),
-            lock: None,
-            upstream: Vec::new(),
-            threads: 2,
-        };
+        let mut request = fixtures::request(&Evaluate, &params, inputs, dir.path());
+        request.earlier_scratch = earlier.iter().map(|t| t.request.scratch.clone()).collect();
+        request.threads = 2;
         Self { dir, request }
     }
 

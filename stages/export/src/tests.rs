@@ -2,7 +2,6 @@
 //! and transformers.
 #![allow(clippy::unwrap_used, reason = "tests")]
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -95,22 +94,8 @@ fn run_kind(
     inputs: &[(&str, &Path)],
 ) -> Result<tempfile::TempDir, StageError> {
     let dir = tempfile::tempdir().unwrap();
-    let signature = kind.resolve(&params).unwrap();
-    let outputs = signature.outputs.iter().map(|o| (o.name.clone(), dir.path().join(&o.file_name)));
-    let request = Request {
-        protocol: contract::PROTOCOL,
-        stage: kind.name().to_owned(),
-        kind: kind.name().to_owned(),
-        params: signature.params,
-        inputs: inputs.iter().map(|(n, p)| ((*n).to_owned(), p.to_path_buf())).collect(),
-        outputs: outputs.collect::<BTreeMap<_, _>>(),
-        scratch: dir.path().join("scratch"),
-        earlier_scratch: Vec::new(),
-        pipeline_dir: dir.path().to_owned(),
-        lock: None,
-        upstream: Vec::new(),
-        threads: 2,
-    };
+    let request = fixtures::request(kind, &params, inputs, dir.path());
+    let request = Request { threads: 2, ..request };
     std::fs::create_dir(&request.scratch).unwrap();
     let log = Box::new(std::fs::File::create(dir.path().join("log")).unwrap());
     let mut reporter = Reporter::new(Box::new(std::io::sink())).with_log(log);

@@ -73,24 +73,8 @@ fn request(dir: &Path, with_baseline: bool) -> Request {
         provenance: json!({"device": "cpu"}).as_object().unwrap().clone(),
         output_bytes: BTreeMap::new(),
     };
-    Request {
-        protocol: contract::PROTOCOL,
-        stage: "report".into(),
-        kind: "report".into(),
-        params: Report.resolve(&json!({"examples": 1})).unwrap().params,
-        inputs,
-        outputs: [
-            ("html".to_owned(), dir.join("r.html")),
-            ("markdown".to_owned(), dir.join("r.md")),
-        ]
-        .into(),
-        scratch: dir.join("scratch"),
-        earlier_scratch: vec![],
-        pipeline_dir: dir.to_owned(),
-        lock: None,
-        upstream: vec![upstream],
-        threads: 1,
-    }
+    let request = fixtures::request(&Report, &json!({"examples": 1}), &[], dir);
+    Request { inputs, upstream: vec![upstream], ..request }
 }
 
 fn report(with_baseline: bool) -> (String, String) {
@@ -102,7 +86,7 @@ fn report(with_baseline: bool) -> (String, String) {
 fn written(dir: &Path, request: &Request) -> (String, String) {
     Report.run(request, &mut Reporter::silent()).unwrap();
     let read = |name| fs::read_to_string(dir.join(name)).unwrap();
-    (read("r.html"), read("r.md"))
+    (read("report.html"), read("report.md"))
 }
 
 #[test]

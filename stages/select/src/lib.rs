@@ -259,24 +259,8 @@ mod tests {
         let points: Vec<_> = points.iter().map(|p| (*p, json!({}), *p)).collect();
         let candidates = gathered(&dir.join("candidates"), "adapter", &points);
         let _ = fs::remove_dir_all(dir.join("chosen"));
-        let request = Request {
-            protocol: contract::PROTOCOL,
-            stage: "choose".into(),
-            kind: "select".into(),
-            params: Select.resolve(&params).unwrap().params,
-            inputs: [("metrics".to_owned(), metrics), ("candidates".to_owned(), candidates)].into(),
-            outputs: [
-                ("choice".to_owned(), dir.join("choice.json")),
-                ("chosen".to_owned(), dir.join("chosen")),
-            ]
-            .into(),
-            scratch: dir.join("scratch"),
-            earlier_scratch: vec![],
-            pipeline_dir: dir.to_owned(),
-            lock: None,
-            upstream: vec![],
-            threads: 1,
-        };
+        let inputs = [("metrics", &*metrics), ("candidates", &*candidates)];
+        let request = fixtures::request(&Select, &params, &inputs, dir);
         Select.run(&request, &mut Reporter::silent())?;
         Ok(serde_json::from_slice(&fs::read(dir.join("choice.json")).unwrap()).unwrap())
     }

@@ -8,22 +8,7 @@ use data::{Role, read_jsonl};
 use super::*;
 
 fn request(dir: &Path, input: &Path, params: &Value) -> Request {
-    let signature = Subsample.resolve(params).unwrap();
-    let outputs = signature.outputs.iter().map(|o| (o.name.clone(), dir.join(&o.file_name)));
-    Request {
-        protocol: contract::PROTOCOL,
-        stage: "rows".into(),
-        kind: "subsample".into(),
-        params: signature.params.clone(),
-        inputs: [("data".to_owned(), input.to_owned())].into(),
-        outputs: outputs.collect(),
-        scratch: dir.join("scratch"),
-        earlier_scratch: vec![],
-        pipeline_dir: dir.to_owned(),
-        lock: None,
-        upstream: vec![],
-        threads: 1,
-    }
+    fixtures::request(&Subsample, params, &[("data", input)], dir)
 }
 
 fn chats(dir: &Path, count: usize) -> std::path::PathBuf {

@@ -43,23 +43,9 @@ fn run_stage(source: &str, rows: &[Row]) -> (Vec<RenderedRow>, Vec<Prompt>) {
     std::fs::write(at("model/config.json"), "{}").unwrap();
     std::fs::write(at("model/chat_template.jinja"), source).unwrap();
     write_jsonl(&at("rows.jsonl"), rows).unwrap();
-    let signature = Template.resolve(&Value::Null).unwrap();
-    let outputs = signature.outputs.iter().map(|o| (o.name.clone(), at(&o.file_name)));
-    let inputs = [("model", "model"), ("train", "rows.jsonl"), ("test", "rows.jsonl")];
-    let request = Request {
-        protocol: contract::PROTOCOL,
-        stage: "template".to_owned(),
-        kind: "template".to_owned(),
-        params: signature.params.clone(),
-        inputs: inputs.map(|(name, file)| (name.to_owned(), at(file))).into(),
-        outputs: outputs.collect(),
-        scratch: at("scratch"),
-        earlier_scratch: Vec::new(),
-        pipeline_dir: dir.path().to_owned(),
-        lock: None,
-        upstream: Vec::new(),
-        threads: 1,
-    };
+    let (model, rows) = (at("model"), at("rows.jsonl"));
+    let inputs = [("model", &*model), ("train", &*rows), ("test", &*rows)];
+    let request = fixtures::request(&Template, &Value::Null, &inputs, dir.path());
     Template.run(&request, &mut Reporter::silent()).unwrap();
     let read = (read_jsonl(&request.outputs["train"]), read_jsonl(&request.outputs["prompts"]));
     (read.0.unwrap(), read.1.unwrap())

@@ -52,25 +52,9 @@ fn run(params: Value, texts: &[&str]) -> Result<(TokenFile, Value), StageError> 
     write_model(&dir.path().join("model"));
     let rows: Vec<RenderedRow> = texts.iter().enumerate().map(|(i, text)| row(i, text)).collect();
     data::write_jsonl(&dir.path().join("train"), &rows).unwrap();
-    let signature = TokenizePack.resolve(&params).unwrap();
-    let inputs = ["model", "train"].map(|name| (name.to_owned(), dir.path().join(name)));
-    let outputs =
-        ["train", "stats"].map(|name| (name.to_owned(), dir.path().join("out").join(name)));
-    std::fs::create_dir(dir.path().join("out")).unwrap();
-    let request = Request {
-        protocol: contract::PROTOCOL,
-        stage: "t".to_owned(),
-        kind: "tokenize-pack".to_owned(),
-        params: signature.params,
-        inputs: inputs.into(),
-        outputs: outputs.into(),
-        scratch: dir.path().join("scratch"),
-        earlier_scratch: Vec::new(),
-        pipeline_dir: dir.path().to_owned(),
-        lock: None,
-        upstream: Vec::new(),
-        threads: 1,
-    };
+    let paths = ["model", "train"].map(|name| dir.path().join(name));
+    let inputs = [("model", &*paths[0]), ("train", &*paths[1])];
+    let request = fixtures::request(&TokenizePack, &params, &inputs, dir.path());
     TokenizePack.run(&request, &mut Reporter::silent())?;
     let stats = std::fs::read(&request.outputs["stats"]).unwrap();
     let file = TokenFile::read(&request.outputs["train"]).unwrap();

@@ -2,11 +2,11 @@
 //! `PIPE_SMOLLM2` names its GGUF.
 #![allow(clippy::unwrap_used, reason = "tests")]
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use contract::{Fault, PROTOCOL};
+use contract::Fault;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 
 use super::*;
@@ -104,22 +104,11 @@ impl Space {
         let scratch = out.join("scratch");
         let earlier_scratch = self.attempts.iter().rev().cloned().collect();
         self.attempts.push(scratch.clone());
-        let inputs = [("model", "model"), ("tokens", "tokens"), ("eval_tokens", "tokens")];
-        let inputs = inputs.map(|(input, file)| (input.to_owned(), self.path(file)));
-        Request {
-            protocol: PROTOCOL,
-            stage: "train".to_owned(),
-            kind: "train".to_owned(),
-            params: Train.resolve(params).unwrap().params,
-            inputs: BTreeMap::from(inputs),
-            outputs: ["adapter", "log"].map(|o| (o.to_owned(), out.join(o))).into(),
-            scratch,
-            earlier_scratch,
-            pipeline_dir: out,
-            lock: None,
-            upstream: Vec::new(),
-            threads: 2,
-        }
+        let (model, tokens) = (self.path("model"), self.path("tokens"));
+        let inputs = [("model", &*model), ("tokens", &*tokens), ("eval_tokens", &*tokens)];
+        let request = fixtures::request(&Train, params, &inputs, &out);
+        let outputs = ["adapter", "log"].map(|o| (o.to_owned(), out.join(o))).into();
+        Request { outputs, scratch, earlier_scratch, threads: 2, ..request }
     }
 
     fn run(&mut self, name: &str, params: &Value) -> Result<Outcome, StageError> {

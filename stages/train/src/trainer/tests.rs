@@ -104,20 +104,9 @@ pub(super) fn params(extra: Value) -> Params {
 }
 
 pub(super) fn checkpoints(own: &Path, earlier: &[&Path]) -> Checkpoints {
-    Checkpoints::of(&Request {
-        protocol: contract::PROTOCOL,
-        stage: "train".to_owned(),
-        kind: "train".to_owned(),
-        params: Value::Null,
-        inputs: std::collections::BTreeMap::new(),
-        outputs: std::collections::BTreeMap::new(),
-        scratch: own.to_owned(),
-        earlier_scratch: earlier.iter().map(|p| (*p).to_owned()).collect(),
-        pipeline_dir: own.to_owned(),
-        lock: None,
-        upstream: Vec::new(),
-        threads: 1,
-    })
+    let request = fixtures::request(&crate::Train, &json!({}), &[], own);
+    let earlier_scratch = earlier.iter().map(|p| (*p).to_owned()).collect();
+    Checkpoints::of(&Request { scratch: own.to_owned(), earlier_scratch, ..request })
 }
 
 fn run(
