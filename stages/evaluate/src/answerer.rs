@@ -9,7 +9,7 @@ use std::path::Path;
 
 use checkpoint::{ModelFolder, Tokenizer};
 use contract::{Reporter, StageError};
-use model::{Adapter, DeviceChoice, DtypeChoice, GenerateOptions, Generated, Model};
+use model::{Adapter, GenerateOptions, Generated, Model};
 
 use crate::evaluation::Load;
 use crate::params::Params;
@@ -81,14 +81,7 @@ pub(crate) fn loader(
         }
     }
     let _ = reporter;
-    if let DeviceChoice::Cuda(_) = params.device {
-        return Err(StageError::input("this `pipe` was built without CUDA")
-            .help("build it with `--features cuda`, or set `device: cpu`"));
-    }
-    if let DtypeChoice::Bf16 | DtypeChoice::F16 = params.dtype {
-        return Err(StageError::input("the CPU generates in f32")
-            .help("set `dtype: auto`, or `device: cuda` where there is a GPU"));
-    }
+    params.device.check_cpu(params.dtype, "generates")?;
     Ok(Box::new(|model, adapter| Ok(Box::new(CpuAnswerer::load(model, adapter)?))))
 }
 

@@ -16,9 +16,7 @@ mod start;
 mod ways;
 
 use contract::{Reporter, StageError};
-use model::{
-    Adapter, DeviceChoice, DropoutKey, DtypeChoice, Init, Loss, MicroBatch, Model, ModelConfig,
-};
+use model::{Adapter, DropoutKey, Init, Loss, MicroBatch, Model, ModelConfig};
 use serde_json::Value;
 
 use crate::params::Params;
@@ -107,7 +105,7 @@ impl HostLearner<CpuModel> {
         model: &Path,
         init_adapter: Option<&Path>,
     ) -> Result<Self, StageError> {
-        check_cpu(params)?;
+        params.device.check_cpu(params.dtype, "trains")?;
         let mut model = Model::load(model)?;
         let mut subtracted = None;
         let adapter = match init_adapter {
@@ -148,19 +146,6 @@ impl DecoderLearner for HostLearner<CpuModel> {
         let whole = subtracted.as_ref().map(|start| adapter.relative_to(start, model));
         Ok(whole.transpose()?.unwrap_or(adapter).save_peft(folder, base)?)
     }
-}
-
-/// Refuses what the CPU does not do.
-fn check_cpu(params: &Params) -> Result<(), StageError> {
-    if let DeviceChoice::Cuda(_) = params.device {
-        return Err(StageError::input("this `pipe` was built without CUDA")
-            .help("build it with `--features cuda`, or set `device: cpu`"));
-    }
-    if let DtypeChoice::Bf16 | DtypeChoice::F16 = params.dtype {
-        return Err(StageError::input("the CPU trains in f32")
-            .help("set `dtype: auto`, or `device: cuda` where there is a GPU"));
-    }
-    Ok(())
 }
 
 impl HostModel for CpuModel {

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use contract::StageError;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -36,6 +37,22 @@ impl DeviceChoice {
             _ => "cpu".to_owned(),
         };
         [(resource, 1)].into()
+    }
+
+    /// Refuses what the CPU does not do; `works` completes "the CPU", as in "trains".
+    ///
+    /// # Errors
+    /// Says what the params ask for.
+    pub fn check_cpu(self, dtype: DtypeChoice, works: &str) -> Result<(), StageError> {
+        if let Self::Cuda(_) = self {
+            return Err(StageError::input("this `pipe` was built without CUDA")
+                .help("build it with `--features cuda`, or set `device: cpu`"));
+        }
+        if let DtypeChoice::Bf16 | DtypeChoice::F16 = dtype {
+            return Err(StageError::input(format!("the CPU {works} in f32"))
+                .help("set `dtype: auto`, or `device: cuda` where there is a GPU"));
+        }
+        Ok(())
     }
 }
 
