@@ -14,8 +14,8 @@ use model::{Adapter, GenerateOptions, Generated, Model};
 use crate::evaluation::Load;
 use crate::params::Params;
 
-/// A model with its tokenizer.
-pub(crate) trait Answerer {
+/// Texts as tokens and back.
+pub(crate) trait Codec {
     /// Token ids of a text that holds its own marks.
     fn encode(&self, text: &str) -> Result<Vec<u32>, StageError>;
 
@@ -27,6 +27,12 @@ pub(crate) trait Answerer {
 
     /// Id that ends a text.
     fn end_id(&self) -> Option<u32>;
+}
+
+/// A model with its tokenizer.
+pub(crate) trait Answerer {
+    /// Its tokenizer.
+    fn codec(&self) -> &dyn Codec;
 
     /// Longest context in tokens.
     fn max_positions(&self) -> usize;
@@ -85,6 +91,24 @@ pub(crate) fn loader(
     Ok(Box::new(|model, adapter| Ok(Box::new(CpuAnswerer::load(model, adapter)?))))
 }
 
+impl Codec for Tokenizer {
+    fn encode(&self, text: &str) -> Result<Vec<u32>, StageError> {
+        Ok(self.encode(text)?.ids)
+    }
+
+    fn decode(&self, tokens: &[u32]) -> Result<String, StageError> {
+        Ok(self.decode(tokens)?)
+    }
+
+    fn token_id(&self, token: &str) -> Option<u32> {
+        self.id(token)
+    }
+
+    fn end_id(&self) -> Option<u32> {
+        self.eos()
+    }
+}
+
 /// A decoder on the CPU, with or without an adapter.
 pub(crate) struct CpuAnswerer {
     tokenizer: Tokenizer,
@@ -103,20 +127,8 @@ impl CpuAnswerer {
 }
 
 impl Answerer for CpuAnswerer {
-    fn encode(&self, text: &str) -> Result<Vec<u32>, StageError> {
-        Ok(self.tokenizer.encode(text)?.ids)
-    }
-
-    fn decode(&self, tokens: &[u32]) -> Result<String, StageError> {
-        Ok(self.tokenizer.decode(tokens)?)
-    }
-
-    fn token_id(&self, token: &str) -> Option<u32> {
-        self.tokenizer.id(token)
-    }
-
-    fn end_id(&self) -> Option<u32> {
-        self.tokenizer.eos()
+    fn codec(&self) -> &dyn Codec {
+        &self.tokenizer
     }
 
     fn max_positions(&self) -> usize {

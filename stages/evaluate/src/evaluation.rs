@@ -131,7 +131,7 @@ fn predict(
         let (Some(expected), Some(class)) = (&prompt.expected, prompt.class()) else {
             return Err(StageError::internal("a prompt without a right answer was scored"));
         };
-        let output = answerer.decode(&answer.tokens)?;
+        let output = answerer.codec().decode(&answer.tokens)?;
         predictions.push(Prediction {
             class: class.to_owned(),
             ended: answer.ended,
@@ -175,7 +175,7 @@ fn show(
                 id: prompt.id.clone(),
                 user: prompt.user.clone(),
                 tools: prompt.tools.iter().map(|t| t.name().to_owned()).collect(),
-                output: answerer.decode(&answer.tokens)?,
+                output: answerer.codec().decode(&answer.tokens)?,
                 ended: answer.ended,
             })
         })

@@ -47,17 +47,18 @@ pub(crate) fn prepare(
     prompts: &[Prompt],
     max_new_tokens: usize,
 ) -> Result<(Vec<Vec<u32>>, Vec<u32>), StageError> {
+    let codec = answerer.codec();
     let limit = answerer.max_positions().saturating_sub(max_new_tokens);
-    let mut ends: BTreeSet<u32> = answerer.end_id().into_iter().collect();
+    let mut ends: BTreeSet<u32> = codec.end_id().into_iter().collect();
     let mut encoded = Vec::with_capacity(prompts.len());
     for prompt in prompts {
         let Prompt { id, end_mark, .. } = prompt;
-        ends.insert(answerer.token_id(end_mark).ok_or_else(|| {
+        ends.insert(codec.token_id(end_mark).ok_or_else(|| {
             let message =
                 format!("end mark `{end_mark}` of prompt `{id}` is no token of this model");
             StageError::input(message).help("render the prompts with the template of this model")
         })?);
-        let tokens = answerer.encode(&prompt.text).map_err(|error| StageError {
+        let tokens = codec.encode(&prompt.text).map_err(|error| StageError {
             message: format!("prompt `{id}`: {}", error.message),
             ..error
         })?;

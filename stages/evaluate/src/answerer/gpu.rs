@@ -7,7 +7,7 @@ use contract::StageError;
 use cuda::{Device, Generator};
 use model::{Adapter, GenerateOptions, Generated, LoraConfig};
 
-use super::Answerer;
+use super::{Answerer, Codec};
 
 /// A decoder on a GPU, with or without an adapter.
 pub(crate) struct CudaAnswerer {
@@ -43,20 +43,8 @@ impl CudaAnswerer {
 }
 
 impl Answerer for CudaAnswerer {
-    fn encode(&self, text: &str) -> Result<Vec<u32>, StageError> {
-        Ok(self.tokenizer.encode(text)?.ids)
-    }
-
-    fn decode(&self, tokens: &[u32]) -> Result<String, StageError> {
-        Ok(self.tokenizer.decode(tokens)?)
-    }
-
-    fn token_id(&self, token: &str) -> Option<u32> {
-        self.tokenizer.id(token)
-    }
-
-    fn end_id(&self) -> Option<u32> {
-        self.tokenizer.eos()
+    fn codec(&self) -> &dyn Codec {
+        &self.tokenizer
     }
 
     fn max_positions(&self) -> usize {

@@ -7,7 +7,7 @@ use std::rc::Rc;
 use contract::StageError;
 use model::{GenerateOptions, Generated};
 
-use super::Answerer;
+use super::{Answerer, Codec};
 
 /// What ends an answer.
 const END: u32 = 3;
@@ -43,7 +43,7 @@ impl Script {
     }
 }
 
-impl Answerer for Script {
+impl Codec for Script {
     fn encode(&self, text: &str) -> Result<Vec<u32>, StageError> {
         Ok(text.chars().map(u32::from).collect())
     }
@@ -58,6 +58,12 @@ impl Answerer for Script {
 
     fn end_id(&self) -> Option<u32> {
         None
+    }
+}
+
+impl Answerer for Script {
+    fn codec(&self) -> &dyn Codec {
+        self
     }
 
     fn max_positions(&self) -> usize {
