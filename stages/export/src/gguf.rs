@@ -2,7 +2,9 @@
 
 use std::path::Path;
 
-use checkpoint::{ChatTemplate, Family, GgmlType, GgufWriter, ModelConfig, ModelFolder, gguf_rows};
+use checkpoint::{
+    ChatTemplate, Family, GgmlType, GgufWriter, ModelConfig, ModelFolder, gguf_name, gguf_rows,
+};
 use contract::{Reporter, StageError};
 
 use crate::merged::{Merged, Named, architecture};
@@ -74,7 +76,7 @@ fn place(
     (name, shape): &Named,
     kind: GgmlType,
 ) -> Result<(String, GgmlType), StageError> {
-    let gguf = merged.gguf_name(name).ok_or_else(|| {
+    let gguf = gguf_name(merged.config, name).ok_or_else(|| {
         StageError::input(format!("`{name}` has no name in GGUF that is known here"))
     })?;
     let dtype = match shape[..] {

@@ -1,8 +1,8 @@
 //! The weights of a model with the adapter added, one tensor at a time.
 
-use checkpoint::{Family, LinearWeight, ModelConfig, ModelFolder, Weights, gguf_name};
+use checkpoint::{Family, LINEAR, LinearWeight, ModelConfig, ModelFolder, Weights};
 use contract::StageError;
-use model::{Adapter, PROJECTIONS};
+use model::Adapter;
 
 use crate::{Base, Format};
 
@@ -49,22 +49,6 @@ impl<'a> Merged<'a> {
         Ok(Self { weights, config, adapter, onto, norm_shift })
     }
 
-    /// llama.cpp's name of a tensor: Gemma-2 names its four norms otherwise.
-    pub(crate) fn gguf_name(&self, name: &str) -> Option<String> {
-        let norm = |(layer, norm): (&str, &str)| {
-            let norm = match norm {
-                "post_attention_layernorm.weight" => "post_attention_norm",
-                "pre_feedforward_layernorm.weight" => "ffn_norm",
-                "post_feedforward_layernorm.weight" => "post_ffw_norm",
-                _ => return None,
-            };
-            Some(format!("blk.{layer}.{norm}.weight"))
-        };
-        let parts = name.strip_prefix("model.layers.").and_then(|rest| rest.split_once('.'));
-        let own = parts.filter(|_| self.config.family == Family::Gemma2).and_then(norm);
-        own.or_else(|| gguf_name(name))
-    }
-
     /// Linear layers that the adapter changes.
     pub(crate) fn adapted(&self) -> usize {
         self.adapter.as_ref().map_or(0, |a| a.factors.len())
@@ -76,10 +60,9 @@ impl<'a> Merged<'a> {
         let mut all =
             vec![("model.embed_tokens.weight".to_owned(), vec![c.vocab_size, c.hidden_size])];
         for layer in 0..c.num_hidden_layers {
-            for (index, projection) in PROJECTIONS.iter().enumerate() {
-                let block = if index < 4 { "self_attn" } else { "mlp" };
-                let name = format!("model.layers.{layer}.{block}.{projection}");
-                let [outputs, inputs] = linear_shape(c, index);
+            for (index, linear) in LINEAR.iter().enumerate() {
+                let name = format!("model.layers.{layer}.{linear}");
+                let (inputs, outputs) = c.linear_shape(index);
                 all.push((format!("{name}.weight"), vec![outputs, inputs]));
                 if c.qkv_bias && index < 3 {
                     all.push((format!("{name}.bias"), vec![outputs]));
@@ -136,19 +119,6 @@ impl<'a> Merged<'a> {
             return Err(StageError::input(message).help("the training may have diverged"));
         }
         Ok(values)
-    }
-}
-
-/// `[out, in]` of the projection of that index.
-fn linear_shape(c: &ModelConfig, index: usize) -> [usize; 2] {
-    let (hidden, ffn) = (c.hidden_size, c.intermediate_size);
-    let (q, kv) = (c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim);
-    match index {
-        0 => [q, hidden],
-        1 | 2 => [kv, hidden],
-        3 => [hidden, q],
-        4 | 5 => [ffn, hidden],
-        _ => [hidden, ffn],
     }
 }
 

@@ -125,6 +125,22 @@ fn gguf_refusal(gguf: &Gguf, family: Family, arch: &str, head_dim: usize) -> Opt
 }
 
 impl ModelConfig {
+    /// `(in, out)` features of the linear layer of that index in [`crate::LINEAR`].
+    pub fn linear_shape(&self, linear: usize) -> (usize, usize) {
+        let (hidden, ffn) = (self.hidden_size, self.intermediate_size);
+        let q = self.num_attention_heads * self.head_dim;
+        let kv = self.num_key_value_heads * self.head_dim;
+        [
+            (hidden, q),
+            (hidden, kv),
+            (hidden, kv),
+            (q, hidden),
+            (hidden, ffn),
+            (hidden, ffn),
+            (ffn, hidden),
+        ][linear]
+    }
+
     /// Reads the shape of the model in `folder`.
     ///
     /// # Errors

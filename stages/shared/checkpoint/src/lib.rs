@@ -38,7 +38,7 @@ pub use folder::ModelFolder;
 pub use ggml_type::GgmlType;
 pub use gguf::{Gguf, Metadata, TensorInfo};
 pub use gguf_writer::{GgufWriter, gguf_rows};
-pub use names::gguf_name;
+pub use names::{LINEAR, gguf_name};
 pub use nf4::{Absmax, FloatType, NF4_VALUES, NestedAbsmax, Nf4};
 pub use quantise::{NestedRounding, dynamic_map};
 pub use safetensors_writer::{ShardPlan, plan_shards, shard_index, write_bf16};

@@ -7,7 +7,8 @@ use crate::{Family, ModelConfig};
 
 /// Outside the layers.
 const OUTER: [&str; 3] = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"];
-const LINEAR: [&str; 7] = [
+/// Linear layers of a decoder layer, as their tensors are named.
+pub const LINEAR: [&str; 7] = [
     "self_attn.q_proj",
     "self_attn.k_proj",
     "self_attn.v_proj",
@@ -20,8 +21,8 @@ const LINEAR: [&str; 7] = [
 const BESIDE: [&str; 5] =
     ["absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state.bitsandbytes__nf4"];
 
-/// llama.cpp's name of a transformers tensor.
-pub fn gguf_name(name: &str) -> Option<String> {
+/// llama.cpp's name of a transformers tensor, in most families.
+fn usual_gguf_name(name: &str) -> Option<String> {
     let fixed = match name {
         "model.embed_tokens.weight" => "token_embd.weight",
         "model.norm.weight" => "output_norm.weight",
@@ -49,7 +50,7 @@ pub fn gguf_name(name: &str) -> Option<String> {
 }
 
 /// llama.cpp's name of a tensor of this model: Gemma-2 names its four norms otherwise.
-pub(crate) fn of_gguf(config: &ModelConfig, name: &str) -> Option<String> {
+pub fn gguf_name(config: &ModelConfig, name: &str) -> Option<String> {
     let gemma_norm = || {
         let (layer, norm) = name.strip_prefix("model.layers.")?.split_once('.')?;
         let norm = match norm {
@@ -61,7 +62,7 @@ pub(crate) fn of_gguf(config: &ModelConfig, name: &str) -> Option<String> {
         Some(format!("blk.{layer}.{norm}.weight"))
     };
     let own = (config.family == Family::Gemma2).then(gemma_norm).flatten();
-    own.or_else(|| gguf_name(name))
+    own.or_else(|| usual_gguf_name(name))
 }
 
 /// transformers' names of every tensor that a decoder has.
@@ -111,7 +112,7 @@ pub(crate) fn refusal_of_gguf<'a>(
     config: &ModelConfig,
     mut names: impl Iterator<Item = &'a str>,
 ) -> Option<String> {
-    let known: BTreeSet<String> = all(config).filter_map(|name| of_gguf(config, &name)).collect();
+    let known: BTreeSet<String> = all(config).filter_map(|name| gguf_name(config, &name)).collect();
     names.find(|name| !known.contains(*name)).map(|name| foreign(config, name))
 }
 
@@ -220,8 +221,8 @@ mod tests {
 
     #[test]
     fn names_of_layers_translate() {
-        let name = gguf_name("model.layers.12.self_attn.q_proj.weight").unwrap();
+        let name = usual_gguf_name("model.layers.12.self_attn.q_proj.weight").unwrap();
         assert_eq!(name, "blk.12.attn_q.weight");
-        assert_eq!(gguf_name("model.layers.0.other.weight"), None);
+        assert_eq!(usual_gguf_name("model.layers.0.other.weight"), None);
     }
 }

@@ -72,7 +72,7 @@ impl<'a> Weights<'a> {
     pub fn has(&self, name: &str) -> bool {
         match &self.source {
             Source::Gguf(gguf) => {
-                names::of_gguf(self.config, name).is_some_and(|n| gguf.tensor(&n).is_some())
+                names::gguf_name(self.config, name).is_some_and(|n| gguf.tensor(&n).is_some())
             }
             Source::Safetensors { shards, .. } => shards.get(name).is_some(),
         }
@@ -248,7 +248,7 @@ impl<'a> Weights<'a> {
     ) -> Result<BlockMatrix, CheckpointError> {
         let fault = |what: String| CheckpointError::content(gguf.path(), what);
         let missing = || fault(format!("tensor `{name}` is missing"));
-        let stored = names::of_gguf(self.config, name).ok_or_else(missing)?;
+        let stored = names::gguf_name(self.config, name).ok_or_else(missing)?;
         let info = gguf.tensor(&stored).ok_or_else(missing)?;
         if !info.shape.iter().map(|s| *s as usize).eq(shape.iter().copied()) {
             let found = &info.shape;

@@ -3,7 +3,7 @@
 mod load;
 pub(crate) mod matrix;
 
-use checkpoint::{Absmax, FloatType, ModelConfig, Nf4, StoredMatrix};
+use checkpoint::{Absmax, FloatType, LINEAR, ModelConfig, Nf4, StoredMatrix};
 
 use crate::adapter::first_row;
 use crate::device::{Buffer, Device, args};
@@ -62,32 +62,6 @@ pub struct Frozen {
     head: Option<Buffer>,
     pub(crate) norm: Buffer,
     layers: Vec<Layer>,
-}
-
-/// Names of the projections' weights without layer and suffix.
-const NAMES: [&str; 7] = [
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.o_proj",
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "mlp.down_proj",
-];
-
-/// `(in, out)` features of a projection.
-fn shape(c: &ModelConfig, projection: usize) -> (usize, usize) {
-    let (q, kv) = (c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim);
-    let (hidden, ffn) = (c.hidden_size, c.intermediate_size);
-    [
-        (hidden, q),
-        (hidden, kv),
-        (hidden, kv),
-        (q, hidden),
-        (hidden, ffn),
-        (hidden, ffn),
-        (ffn, hidden),
-    ][projection]
 }
 
 impl Linear {
@@ -153,8 +127,8 @@ impl Frozen {
         let mut layers = Vec::new();
         for _ in 0..config.num_hidden_layers {
             let mut linears = Vec::new();
-            for projection in 0..NAMES.len() {
-                let (inputs, outputs) = shape(&config, projection);
+            for projection in 0..LINEAR.len() {
+                let (inputs, outputs) = config.linear_shape(projection);
                 let blocks = (inputs * outputs).div_ceil(64);
                 // Codes average 0.45 of the scale in magnitude.
                 let scale = 2.2 / (inputs as f32).sqrt();
@@ -165,7 +139,7 @@ impl Frozen {
                 let nested = Some(Nested { map_and_scales, offset: scale });
                 linears.push(Linear::Nf4 { codes, absmax, nested, kernel: "nf4_decode" });
             }
-            let width = shape(&config, 0).1 + 2 * shape(&config, 1).1;
+            let width = config.linear_shape(0).1 + 2 * config.linear_shape(1).1;
             let bias = config.qkv_bias.then(|| device.zeros(width as u64 * device.dtype.size()));
             let outputs = || Ok::<_, CudaError>([ones()?, ones()?]);
             layers.push(Layer {
@@ -225,8 +199,8 @@ impl Frozen {
         operand: u64,
     ) -> Result<(), CudaError> {
         let ld = lora.groups[layer][index].row();
-        for projection in (0..NAMES.len()).filter(|p| crate::adapter::GROUP_OF[*p] == index) {
-            let shape = shape(&self.config, projection);
+        for projection in (0..LINEAR.len()).filter(|p| crate::adapter::GROUP_OF[*p] == index) {
+            let shape = self.config.linear_shape(projection);
             let row = first_row(&self.config, projection);
             let to = operand + (row * ld) as u64 * device.dtype.size();
             let linear = &self.layers[layer].linears[projection];

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use checkpoint::ModelConfig;
+use checkpoint::{LINEAR, ModelConfig};
 use kernels::dropout::mix;
 use serde::{Deserialize, Serialize};
 
@@ -103,24 +103,7 @@ impl DropoutKey {
 
 /// Full checkpoint name of a projection.
 pub(crate) fn projection_name(layer: usize, projection: usize) -> String {
-    let block = if projection < 4 { "self_attn" } else { "mlp" };
-    format!("model.layers.{layer}.{block}.{}", PROJECTIONS[projection])
-}
-
-/// `(in, out)` features of a projection.
-pub(crate) fn projection_shape(config: &ModelConfig, projection: usize) -> (usize, usize) {
-    let (hidden, ffn) = (config.hidden_size, config.intermediate_size);
-    let q = config.num_attention_heads * config.head_dim;
-    let kv = config.num_key_value_heads * config.head_dim;
-    [
-        (hidden, q),
-        (hidden, kv),
-        (hidden, kv),
-        (q, hidden),
-        (hidden, ffn),
-        (hidden, ffn),
-        (ffn, hidden),
-    ][projection]
+    format!("model.layers.{layer}.{}", LINEAR[projection])
 }
 
 impl Adapter {
@@ -157,7 +140,7 @@ impl Adapter {
                     .collect();
                 let first = factors.len();
                 for &projection in &wanted {
-                    let (inputs, outputs) = projection_shape(model, projection);
+                    let (inputs, outputs) = model.linear_shape(projection);
                     factors.push(Factor {
                         name: projection_name(layer, projection),
                         layer,

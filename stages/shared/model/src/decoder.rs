@@ -9,7 +9,6 @@ use checkpoint::{ModelConfig, ModelFolder, Variations, Weights};
 use kernels::rope::RopeTable;
 use rayon::prelude::*;
 
-use crate::adapter::projection_shape;
 use crate::generate::PackedWeights;
 use crate::linear::Frozen;
 use crate::matrix::{Matrix, PinnedMatrix};
@@ -74,7 +73,7 @@ impl Model {
             let mut biases = Vec::new();
             for projection in 0..crate::PROJECTIONS.len() {
                 let name = crate::adapter::projection_name(index, projection);
-                let (inputs, outputs) = projection_shape(&config, projection);
+                let (inputs, outputs) = config.linear_shape(projection);
                 let shape = [outputs, inputs];
                 projections.push(Matrix::load(&weights, &format!("{name}.weight"), shape, true)?);
                 let biased = config.qkv_bias && projection < 3;

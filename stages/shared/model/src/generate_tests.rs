@@ -119,7 +119,7 @@ fn quantised(dtype: GgmlType) -> [tempfile::TempDir; 2] {
     let (mut blocks, mut decoded) = (Vec::new(), Vec::new());
     for (name, view) in SafeTensors::deserialize(&bytes).unwrap().tensors() {
         let values = to_f32(view.dtype(), view.data()).unwrap();
-        let (shape, own) = (view.shape().to_vec(), gguf_name(&name).unwrap());
+        let (shape, own) = (view.shape().to_vec(), gguf_name(&config, &name).unwrap());
         let dtype = if shape.len() == 1 { GgmlType::F32 } else { dtype };
         writer.tensor(&own, dtype, &shape).unwrap();
         let width = shape[shape.len() - 1];

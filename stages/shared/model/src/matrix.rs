@@ -11,7 +11,7 @@ use checkpoint::{ModelConfig, StoredMatrix, Weights};
 use rayon::prelude::*;
 
 use crate::ModelError;
-use crate::adapter::{PROJECTIONS, projection_shape};
+use crate::adapter::PROJECTIONS;
 use crate::decoder::Memory;
 
 /// Values that one thread decodes at a time.
@@ -133,7 +133,7 @@ impl Stored {
 /// Whether the values of a model's matrices are kept in f32 once they were decoded.
 fn is_kept(config: &ModelConfig) -> bool {
     let layer = (0..PROJECTIONS.len()).fold(0_usize, |sum, projection| {
-        let (inputs, outputs) = projection_shape(config, projection);
+        let (inputs, outputs) = config.linear_shape(projection);
         sum.saturating_add(inputs.saturating_mul(outputs))
     });
     let tables = if config.tie_word_embeddings { 1 } else { 2 };

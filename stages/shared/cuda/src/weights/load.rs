@@ -2,10 +2,10 @@
 
 use std::path::Path;
 
-use checkpoint::{ModelConfig, ModelFolder, Variations, Weights};
+use checkpoint::{LINEAR, ModelConfig, ModelFolder, Variations, Weights};
 
 use super::matrix::Matrix;
-use super::{Frozen, Layer, Linear, NAMES, shape};
+use super::{Frozen, Layer, Linear};
 use crate::CudaError;
 use crate::device::{Buffer, Device};
 use crate::sizes::check_layers;
@@ -50,8 +50,8 @@ impl Loader<'_> {
         let prefix = format!("model.layers.{layer}");
         let mut linears = Vec::new();
         let mut bias: Vec<f32> = Vec::new();
-        for (projection, name) in NAMES.iter().enumerate() {
-            let (inputs, outputs) = shape(config, projection);
+        for (projection, name) in LINEAR.iter().enumerate() {
+            let (inputs, outputs) = config.linear_shape(projection);
             let name = format!("{prefix}.{name}");
             let matrix = self.matrix(&format!("{name}.weight"), [outputs, inputs], true)?;
             linears.push(Linear::upload(device, &matrix, [outputs, inputs])?);
