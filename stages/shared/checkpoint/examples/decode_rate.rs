@@ -29,20 +29,7 @@ fn main() {
         let packed = Nf4::quantise(&values, shape, 64, dtype, Some(NestedRounding::Table)).unwrap();
         show(&format!("NF4 of {dtype:?}"), || packed.decode_rows(0..ROWS, &mut out));
     }
-    for dtype in [
-        GgmlType::F16,
-        GgmlType::BF16,
-        GgmlType::Q4_0,
-        GgmlType::Q4_1,
-        GgmlType::Q5_0,
-        GgmlType::Q5_1,
-        GgmlType::Q8_0,
-        GgmlType::Q2_K,
-        GgmlType::Q3_K,
-        GgmlType::Q4_K,
-        GgmlType::Q5_K,
-        GgmlType::Q6_K,
-    ] {
+    for dtype in GgmlType::DECODED {
         let bytes = dtype.tensor_bytes(&[count as u64]).unwrap() as usize;
         let data: Vec<u8> = (0..bytes).map(|i| (i * 31 % 120) as u8).collect();
         show(&format!("{dtype:?}"), || dtype.decode_into(&data, &mut out));

@@ -26,8 +26,8 @@ impl BlockMatrix {
         data: Bytes,
         interleaved: Option<usize>,
     ) -> Result<Self, String> {
-        if !ggml::is_decoded(dtype) {
-            let supported = ggml::DECODED;
+        if !GgmlType::DECODED.contains(&dtype) {
+            let supported = GgmlType::DECODED.map(|t| format!("{t:?}")).join(", ");
             return Err(format!(
                 "has type {dtype:?}, which is not supported (supported: {supported}): requantise it"
             ));

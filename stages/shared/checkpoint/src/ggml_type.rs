@@ -28,6 +28,23 @@ pub enum GgmlType {
 }
 
 impl GgmlType {
+    /// The types that are decoded here.
+    pub const DECODED: [Self; 13] = [
+        Self::F32,
+        Self::F16,
+        Self::BF16,
+        Self::Q4_0,
+        Self::Q4_1,
+        Self::Q5_0,
+        Self::Q5_1,
+        Self::Q8_0,
+        Self::Q2_K,
+        Self::Q3_K,
+        Self::Q4_K,
+        Self::Q5_K,
+        Self::Q6_K,
+    ];
+
     /// The type with ggml's number `id`.
     pub fn from_id(id: u32) -> Option<Self> {
         Some(match id {
