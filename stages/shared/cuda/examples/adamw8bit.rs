@@ -59,13 +59,7 @@ fn main() {
     adapter.values = floats("values");
     let device = Device::open(0, Dtype::Bf16).unwrap();
     let lora = Lora::new(&device, &shape(), &adapter).unwrap();
-    let settings = AdamSettings {
-        eight_bit: true,
-        betas: [0.9, 0.999],
-        eps: 1e-8,
-        weight_decay: 0.01,
-        clip: 0.0,
-    };
+    let settings = AdamSettings { eight_bit: true, clip: 0.0, ..AdamSettings::default() };
     let maps = [dynamic_map(true), dynamic_map(false)].concat();
     let mut optimizer = Optimizer::new(&device, settings, &tensors, &maps, None).unwrap();
     let gradients = floats("gradients");

@@ -45,13 +45,7 @@ fn same(name: &str) {
         let frozen = Frozen::random(&device, config.clone(), 1).unwrap();
         let lora = Lora::new(&device, &config, &adapter).unwrap();
         let step = make(mode, &device, &frozen, &lora, n);
-        let settings = AdamSettings {
-            eight_bit: false,
-            betas: [0.9, 0.999],
-            eps: 1e-8,
-            weight_decay: 0.01,
-            clip: 1.0,
-        };
+        let settings = AdamSettings::default();
         let all = 0..adapter.values.len();
         let mut optimizer =
             Optimizer::new(&device, settings, &[all], &[], Some(step.spare())).unwrap();
@@ -173,13 +167,7 @@ fn time(name: &str, mode: &str, steps: usize, dtype: Dtype) {
         tensors.into_iter().chain(adapter.factors.iter().map(|f| f.b.clone())).collect();
     let mut tensors = tensors;
     tensors.sort_by_key(|r| r.start);
-    let settings = AdamSettings {
-        eight_bit: true,
-        betas: [0.9, 0.999],
-        eps: 1e-8,
-        weight_decay: 0.01,
-        clip: 1.0,
-    };
+    let settings = AdamSettings { eight_bit: true, ..AdamSettings::default() };
     let maps: Vec<f32> = (0..512).map(|i| (i % 256) as f32 / 128.0 - 1.0).collect();
     let mut optimizer =
         Optimizer::new(&device, settings, &tensors, &maps, Some(step.spare())).unwrap();

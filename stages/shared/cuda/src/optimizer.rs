@@ -32,6 +32,12 @@ pub struct AdamSettings {
     pub clip: f64,
 }
 
+impl Default for AdamSettings {
+    fn default() -> Self {
+        Self { eight_bit: false, betas: [0.9, 0.999], eps: 1e-8, weight_decay: 0.01, clip: 1.0 }
+    }
+}
+
 /// The optimiser and its states.
 pub struct Optimizer {
     settings: AdamSettings,

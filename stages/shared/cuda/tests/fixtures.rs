@@ -202,13 +202,7 @@ fn check_ten_steps(rig: &Rig, findings: &mut Findings) {
     let batch = MicroBatch { tokens: &ids, cu_seqlens: &cu, targets: &targets };
     let count = targets.iter().filter(|t| **t != -100).count() as f32;
     let factor = if findings.dtype == Dtype::F16 { SCALE } else { 1.0 };
-    let settings = AdamSettings {
-        eight_bit: false,
-        betas: [0.9, 0.999],
-        eps: 1e-8,
-        weight_decay: 0.01,
-        clip: 1.0,
-    };
+    let settings = AdamSettings::default();
     let device = &rig.device;
     let step = rig.step(Activations::Keep);
     let tensors = rig.adapter.tensors();
