@@ -83,16 +83,8 @@ pub(super) fn pack_b_panel(
     nr: usize,
     out: &mut [f32],
 ) {
-    let origin = pc * b.row_stride + col * b.col_stride;
-    if b.col_stride == 1 {
-        copy_rows(b.data, origin, b.row_stride, cols, nr, out);
-    } else {
-        if cols < nr {
-            out.fill(0.0);
-        }
-        let flipped = View { data: b.data, row_stride: b.col_stride, col_stride: b.row_stride };
-        transpose_into(&flipped, origin, cols, kc, nr, out);
-    }
+    let flipped = View { data: b.data, row_stride: b.col_stride, col_stride: b.row_stride };
+    pack_a_panel(&flipped, col, cols, pc, kc, nr, out);
 }
 
 /// `out[p * width..][..count] = data[origin + p * stride..][..count]`, the rest of each run zero.
