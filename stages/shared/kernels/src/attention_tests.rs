@@ -97,69 +97,53 @@ fn decoding_gives_the_bits_of_the_whole_segment() {
     }
 }
 
-#[test]
-fn backward_equals_the_difference_quotient() {
-    for shape in SHAPES {
-        let n = 9;
-        let cu = [0, 4, 9];
-        let mut x = [
-            numbers(n * SHAPE.q_width(), 7),
-            numbers(n * SHAPE.kv_width(), 8),
-            numbers(n * SHAPE.kv_width(), 9),
-        ];
-        let dout = numbers(n * SHAPE.q_width(), 10);
-        let (out, lse) = run(shape, &x[0], &x[1], &x[2], &cu);
-        let mut g = [vec![0.0; x[0].len()], vec![0.0; x[1].len()], vec![0.0; x[2].len()]];
-        let [dq, dk, dv] = &mut g;
-        let saved = Saved { q: &x[0], k: &x[1], v: &x[2], out: &out, lse: &lse };
-        backward(shape, saved, &cu, &dout, dq, dk, dv);
-        for part in 0..3 {
-            for i in (0..x[part].len()).step_by(5) {
-                let kept = x[part][i];
-                let mut value = |delta: f32| -> f64 {
-                    x[part][i] = kept + delta;
-                    let out = reference(shape, &x[0], &x[1], &x[2], &cu);
-                    out.iter().zip(&dout).map(|(o, d)| o * f64::from(*d)).sum()
-                };
-                let slope = (value(1e-3) - value(-1e-3)) / 2e-3;
-                x[part][i] = kept;
-                let got = f64::from(g[part][i]);
-                assert!((slope - got).abs() < 2e-4, "part {part} element {i}: {slope} {got}");
-            }
-        }
-    }
-}
-
-#[test]
-fn backward_equals_the_difference_quotient_where_blocks_begin_behind_the_first_key() {
-    let n = 200;
-    let cu = [0, n as i32];
-    let shape = Shape { softcap: Some(0.8), window: Some(20), ..SHAPE };
+/// Compares gradients with difference quotients at the elements that `chosen` names of a tensor of
+/// that many.
+fn check_backward<I: IntoIterator<Item = usize>>(
+    shape: Shape,
+    cu: &[i32],
+    seed: u64,
+    chosen: impl Fn(usize) -> I,
+) {
+    let n = cu[cu.len() - 1] as usize;
     let mut x = [
-        numbers(n * SHAPE.q_width(), 11),
-        numbers(n * SHAPE.kv_width(), 12),
-        numbers(n * SHAPE.kv_width(), 13),
+        numbers(n * SHAPE.q_width(), seed),
+        numbers(n * SHAPE.kv_width(), seed + 1),
+        numbers(n * SHAPE.kv_width(), seed + 2),
     ];
-    let dout = numbers(n * SHAPE.q_width(), 14);
-    let (out, lse) = run(shape, &x[0], &x[1], &x[2], &cu);
+    let dout = numbers(n * SHAPE.q_width(), seed + 3);
+    let (out, lse) = run(shape, &x[0], &x[1], &x[2], cu);
     let mut g = [vec![0.0; x[0].len()], vec![0.0; x[1].len()], vec![0.0; x[2].len()]];
     let [dq, dk, dv] = &mut g;
     let saved = Saved { q: &x[0], k: &x[1], v: &x[2], out: &out, lse: &lse };
-    backward(shape, saved, &cu, &dout, dq, dk, dv);
+    backward(shape, saved, cu, &dout, dq, dk, dv);
     for part in 0..3 {
-        // Positions 120 and 130 lie on both sides of a block's end.
-        for position in [0, 105, 120, 130, 199] {
-            let i = position * x[part].len() / n + 3;
+        for i in chosen(x[part].len()) {
             let kept = x[part][i];
             let mut value = |delta: f32| -> f64 {
                 x[part][i] = kept + delta;
-                let out = reference(shape, &x[0], &x[1], &x[2], &cu);
+                let out = reference(shape, &x[0], &x[1], &x[2], cu);
                 out.iter().zip(&dout).map(|(o, d)| o * f64::from(*d)).sum()
             };
             let slope = (value(1e-3) - value(-1e-3)) / 2e-3;
             x[part][i] = kept;
             let got = f64::from(g[part][i]);
-            assert!((slope - got).abs() < 2e-4, "part {part} position {position}: {slope} {got}");
+            assert!((slope - got).abs() < 2e-4, "part {part} element {i}: {slope} {got}");
         }
     }
+}
+
+#[test]
+fn backward_equals_the_difference_quotient() {
+    for shape in SHAPES {
+        check_backward(shape, &[0, 4, 9], 7, |len| (0..len).step_by(5));
+    }
+}
+
+#[test]
+fn backward_equals_the_difference_quotient_where_blocks_begin_behind_the_first_key() {
+    let shape = Shape { softcap: Some(0.8), window: Some(20), ..SHAPE };
+    // Positions 120 and 130 lie on both sides of a block's end.
+    let chosen = |len| [0, 105, 120, 130, 199].map(|position| position * len / 200 + 3);
+    check_backward(shape, &[0, 200], 11, chosen);
 }
