@@ -25,13 +25,8 @@ impl DeviceChoice {
     /// else every core, since two such stages side by side would only slow each other down.
     /// `built_in`: it could work on a GPU.
     pub fn resources(self, built_in: bool) -> BTreeMap<String, u32> {
-        // Looking opens no device.
-        let is_there = || {
-            let hidden = std::env::var("CUDA_VISIBLE_DEVICES").is_ok_and(|names| names.is_empty());
-            !hidden && Path::new("/dev/nvidiactl").exists()
-        };
         let resource = match self {
-            Self::Auto if built_in && is_there() => "gpu".to_owned(),
+            Self::Auto if built_in && sees_gpu() => "gpu".to_owned(),
             Self::Cuda(0) if built_in => "gpu".to_owned(),
             Self::Cuda(number) if built_in => format!("gpu:{number}"),
             _ => "cpu".to_owned(),
@@ -54,6 +49,19 @@ impl DeviceChoice {
         }
         Ok(())
     }
+}
+
+/// Whether the host shows a GPU. Looking opens no device.
+fn sees_gpu() -> bool {
+    let names = std::env::var("CUDA_VISIBLE_DEVICES").ok();
+    !hides_all(names.as_deref()) && Path::new("/dev/nvidiactl").exists()
+}
+
+/// Whether `CUDA_VISIBLE_DEVICES` with these names hides every GPU: CUDA ignores what comes after a
+/// name that is none.
+fn hides_all(names: Option<&str>) -> bool {
+    let first = names.map(|names| names.split(',').next().unwrap_or_default().trim());
+    matches!(first, Some("" | "-1"))
 }
 
 impl TryFrom<String> for DeviceChoice {
@@ -96,4 +104,19 @@ pub enum DtypeChoice {
     Bf16,
     /// 16-bit floats, with the residual stream and masters in f32, and a loss that is scaled.
     F16,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn gpus_are_hidden_where_the_first_name_is_none() {
+        for names in ["", " ", "-1", " -1 ", "-1,0", ",0"] {
+            assert!(hides_all(Some(names)), "{names:?}");
+        }
+        for names in [None, Some("0"), Some(" 1"), Some("2,-1"), Some("GPU-5c")] {
+            assert!(!hides_all(names), "{names:?}");
+        }
+    }
 }
