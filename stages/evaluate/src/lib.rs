@@ -1,7 +1,8 @@
 //! Stage kind `evaluate`: answers prompts greedily and scores the function calls in the answers.
 //!
-//! Two evaluations are compared only where prompts and decoding are equal; batch size, resumption
-//! and the number of threads never change an answer.
+//! Two evaluations are compared only where prompts and decoding are equal. Resumption and the number
+//! of threads never change an answer, and on the CPU the batch size does not either; on a GPU it is the
+//! number of rows of products, whose sums cuBLASLt may order otherwise for another one.
 
 mod answerer;
 mod estimate;

@@ -6,15 +6,18 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+/// Most rows decoded together.
+const MOST_ROWS: usize = 65_536;
+
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub(crate) struct Params {
     /// Most tokens generated for a prompt.
     #[schemars(range(min = 1))]
     pub(crate) max_new_tokens: usize,
-    /// Rows decoded together, else what suits the device: speed and memory only, and so no part of
-    /// the identity.
-    #[schemars(range(min = 1))]
+    /// Rows decoded together, else what suits the device. On the CPU that changes speed and memory
+    /// only; on a GPU products have that many rows, so that rare tokens may differ.
+    #[schemars(range(min = 1, max = 65_536))]
     pub(crate) batch_size: Option<usize>,
     pub(crate) device: DeviceChoice,
     pub(crate) dtype: DtypeChoice,
@@ -34,21 +37,30 @@ impl Params {
     /// Parses, fills defaults in and checks every value.
     pub(crate) fn parse(params: &Value) -> Result<Self, ParamError> {
         let parsed: Self = parse_params(params)?;
+        let least = "must be at least 1".to_owned();
         let rules = [
-            ("max_new_tokens", parsed.max_new_tokens > 0),
-            ("batch_size", parsed.batch_size != Some(0)),
-            ("limit", parsed.limit != Some(0)),
+            ("max_new_tokens", parsed.max_new_tokens > 0, least.clone()),
+            ("batch_size", parsed.batch_size != Some(0), least.clone()),
+            (
+                "batch_size",
+                parsed.batch_size <= Some(MOST_ROWS),
+                format!("must be at most {MOST_ROWS}"),
+            ),
+            ("limit", parsed.limit != Some(0), least),
         ];
-        match rules.into_iter().find(|(_, holds)| !holds) {
-            Some((path, _)) => Err(ParamError::at(path, "must be at least 1")),
+        match rules.into_iter().find(|(_, holds, _)| !holds) {
+            Some((path, _, rule)) => Err(ParamError::at(path, rule)),
             None => Ok(parsed),
         }
     }
 
-    /// What can change an output.
+    /// What can change an output. On the CPU the number of rows cannot; which device `auto` finds must
+    /// not decide, since a fingerprint is the same on every host.
     pub(crate) fn identity(&self) -> Result<Value, ParamError> {
         let mut value = self.to_value()?;
-        if let Some(map) = value.as_object_mut() {
+        if (self.device == DeviceChoice::Cpu || self.batch_size.is_none())
+            && let Some(map) = value.as_object_mut()
+        {
             map.remove("batch_size");
         }
         Ok(value)

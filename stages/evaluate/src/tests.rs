@@ -165,7 +165,7 @@ fn fixture_an_adapter_is_compared_with_its_model_alone() {
 }
 
 #[test]
-fn params_are_checked_and_a_batch_is_no_part_of_the_identity() {
+fn params_are_checked_and_a_batch_counts_where_it_may_change_an_answer() {
     for path in ["max_new_tokens", "batch_size", "limit"] {
         let fault = Evaluate.resolve(&json!({ path: 0 })).unwrap_err();
         assert_eq!(
@@ -173,8 +173,18 @@ fn params_are_checked_and_a_batch_is_no_part_of_the_identity() {
             (vec![path.to_owned()], "must be at least 1")
         );
     }
+    let most = Evaluate.resolve(&json!({"batch_size": 65_537})).unwrap_err();
+    assert_eq!(
+        (most.path.join("."), &*most.message),
+        ("batch_size".into(), "must be at most 65536")
+    );
     let identity = |params: Value| Evaluate.resolve(&params).unwrap().identity;
-    assert_eq!(identity(json!({"batch_size": 3})), identity(json!({})));
+    let on = |device: &str, batch: Value| identity(json!({"device": device, "batch_size": batch}));
+    assert_eq!(on("cpu", json!(3)), on("cpu", Value::Null));
+    for device in ["auto", "cuda"] {
+        assert_ne!(on(device, json!(3)), on(device, json!(4)), "{device}");
+        assert!(on(device, Value::Null).get("batch_size").is_none(), "{device}");
+    }
     assert_ne!(identity(json!({"max_new_tokens": 95})), identity(json!({})));
     assert_ne!(identity(json!({"limit": 7})), identity(json!({})));
 }

@@ -77,7 +77,7 @@ impl Answerer for CudaAnswerer {
         let warning = |rows| {
             format!(
                 "the GPU had memory for no more than {rows} rows at once: rare tokens may differ from \
-                 those of a run with more; `batch_size: {rows}` gives the same answers everywhere"
+                 those of a run with more; `batch_size: {rows}` gives the same answers on every such GPU"
             )
         };
         self.generator.reduced_rows().map(warning).into_iter().collect()
