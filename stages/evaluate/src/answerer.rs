@@ -50,6 +50,11 @@ pub(crate) trait Answerer {
         16
     }
 
+    /// Rows of products where `batch_size` rows were asked for, where their number may change an answer.
+    fn product_rows(&self, _batch_size: usize) -> Option<usize> {
+        None
+    }
+
     /// Whether a few short prompts take the time of their tokens, so that they tell of the rest.
     fn time_follows_tokens(&self) -> bool {
         true

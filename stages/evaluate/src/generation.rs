@@ -1,9 +1,10 @@
 //! Answers prompts with checkpoints, progress and an estimate.
 //!
-//! A finished row is never generated twice: rows are batch-invariant, so that those of a killed
-//! attempt are those this attempt would make.
+//! A finished row is never generated twice where those of a killed attempt are those that this attempt
+//! would make: on the CPU always, on a GPU where it is the same and decodes as many rows at once.
 
 use std::collections::BTreeSet;
+use std::fmt;
 use std::time::{Duration, Instant};
 
 use contract::{Checkpoints, Fault, Progress, Reporter, StageError};
@@ -27,6 +28,38 @@ pub(crate) struct Answer {
     pub(crate) tokens: Vec<u32>,
     /// The model ended its turn within the limit.
     pub(crate) ended: bool,
+}
+
+/// Who made answers, as far as that can change one.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Maker {
+    backend: String,
+    /// Of a GPU: its name, and the rows of its products.
+    gpu: Option<(String, usize)>,
+}
+
+impl Maker {
+    /// Who answers now where `batch_size` rows were asked for.
+    fn now(answerer: &dyn Answerer, batch_size: usize) -> Self {
+        let (backend, device) = answerer.backend();
+        Self { backend, gpu: answerer.product_rows(batch_size).map(|rows| (device, rows)) }
+    }
+}
+
+impl fmt::Display for Maker {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.gpu {
+            Some((name, rows)) => write!(f, "{name} with {rows} rows at once"),
+            None => f.write_str(&self.backend),
+        }
+    }
+}
+
+/// A checkpoint.
+#[derive(Debug, Serialize, Deserialize)]
+struct Kept {
+    maker: Maker,
+    answers: Vec<Answer>,
 }
 
 /// Answers in prompt order and what they took.
@@ -88,7 +121,9 @@ pub(crate) fn answer(
     checkpoints: &Checkpoints,
     reporter: &mut Reporter,
 ) -> Result<Answers, StageError> {
-    let adopted = adopt(checkpoints, prompts.len(), options.max_new_tokens);
+    let maker = Maker::now(answerer, options.batch_size);
+    let limits = (prompts.len(), options.max_new_tokens);
+    let (adopted, before) = adopt(checkpoints, &maker, limits, reporter);
     if !adopted.is_empty() {
         reporter.log(format!("{} rows adopted from an earlier attempt", adopted.len()));
     }
@@ -101,10 +136,13 @@ pub(crate) fn answer(
         reporter.advance(adopted.len() as u64, prompts.len() as u64, "rows", work.amount());
         work.estimate(answerer, reporter)?;
     }
-    let mut desk = Desk::new(adopted, prompts, options.batch_size);
+    let kept = Kept { maker, answers: adopted };
+    let mut desk = Desk::new(kept, before, prompts, options.batch_size);
     let mut failure = None;
     answerer.generate(&texts, options, &mut |generated| {
         let prompt = waiting[generated.prompt];
+        // Where memory is short fewer rows are decoded together than were asked for.
+        desk.kept.maker = Maker::now(answerer, options.batch_size);
         let kept = desk.take(Generated { prompt, ..generated }, checkpoints, reporter);
         failure = kept.err();
         failure.is_none()
@@ -115,20 +153,43 @@ pub(crate) fn answer(
     }
 }
 
-/// Answers of an earlier attempt; anything that does not fit these prompts is ignored.
-fn adopt(checkpoints: &Checkpoints, prompts: usize, max_new_tokens: usize) -> Vec<Answer> {
-    let Some((_, bytes)) = checkpoints.latest() else { return Vec::new() };
-    let answers: Vec<Answer> = serde_json::from_slice(&bytes).unwrap_or_default();
+/// Answers of an earlier attempt by the same maker, and the number that newer checkpoints count on from;
+/// anything that does not fit these prompts is ignored.
+fn adopt(
+    checkpoints: &Checkpoints,
+    maker: &Maker,
+    (prompts, max_new_tokens): (usize, usize),
+    reporter: &mut Reporter,
+) -> (Vec<Answer>, u64) {
+    let none = |sequence| (Vec::new(), sequence);
+    let Some((sequence, bytes)) = checkpoints.latest() else { return none(0) };
+    let Ok(Kept { maker: earlier, answers }) = serde_json::from_slice(&bytes) else {
+        return none(sequence);
+    };
     let distinct: BTreeSet<usize> = answers.iter().map(|a| a.prompt).collect();
     let fits = distinct.len() == answers.len()
         && answers.iter().all(|a| a.prompt < prompts && a.tokens.len() <= max_new_tokens);
-    if fits { answers } else { Vec::new() }
+    if !fits {
+        return none(sequence);
+    }
+    if earlier != *maker {
+        reporter.warn(format!(
+            "{} rows of an earlier attempt were answered by {earlier}, and this one works on {maker}: \
+             starting anew",
+            answers.len()
+        ));
+        return none(sequence);
+    }
+    let before = sequence.saturating_sub(answers.len() as u64);
+    (answers, before)
 }
 
 /// Collects answers as they finish.
 struct Desk<'a> {
     prompts: &'a [Vec<u32>],
-    answers: Vec<Answer>,
+    kept: Kept,
+    /// Number of a checkpoint without answers: above those that were not adopted.
+    before: u64,
     resumed: usize,
     first_batch: usize,
     prompt_tokens: u64,
@@ -138,13 +199,15 @@ struct Desk<'a> {
 }
 
 impl<'a> Desk<'a> {
-    fn new(adopted: Vec<Answer>, prompts: &'a [Vec<u32>], batch_size: usize) -> Self {
+    fn new(kept: Kept, before: u64, prompts: &'a [Vec<u32>], batch_size: usize) -> Self {
         let now = Instant::now();
+        let resumed = kept.answers.len();
         Self {
             prompts,
-            resumed: adopted.len(),
-            first_batch: batch_size.min(prompts.len() - adopted.len()),
-            answers: adopted,
+            kept,
+            before,
+            resumed,
+            first_batch: batch_size.min(prompts.len() - resumed),
             prompt_tokens: 0,
             generated_tokens: 0,
             start: now,
@@ -161,8 +224,8 @@ impl<'a> Desk<'a> {
         let Generated { prompt, tokens, ended } = generated;
         self.prompt_tokens += self.prompts[prompt].len() as u64;
         self.generated_tokens += tokens.len() as u64 + u64::from(ended);
-        self.answers.push(Answer { prompt, tokens, ended });
-        let (done, total) = (self.answers.len(), self.prompts.len());
+        self.kept.answers.push(Answer { prompt, tokens, ended });
+        let (done, total) = (self.kept.answers.len(), self.prompts.len());
         let seconds = self.start.elapsed().as_secs_f64().max(1e-9);
         if done - self.resumed == self.first_batch && done < total {
             reporter.send(&Progress::Estimate {
@@ -176,21 +239,22 @@ impl<'a> Desk<'a> {
             reporter.advance(done as u64, total as u64, "rows", format!("{rate:.0} tok/s"));
         }
         if self.saved.elapsed() >= CHECKPOINT_INTERVAL || done == total {
-            let bytes = serde_json::to_vec(&self.answers).map_err(StageError::internal)?;
-            let saved = checkpoints.save(done as u64, &bytes);
+            let bytes = serde_json::to_vec(&self.kept).map_err(StageError::internal)?;
+            let saved = checkpoints.save(self.before + done as u64, &bytes);
             saved.map_err(|e| StageError::new(Fault::Io, e.to_string()))?;
             self.saved = Instant::now();
         }
         Ok(())
     }
 
-    fn finish(mut self) -> Result<Answers, StageError> {
-        self.answers.sort_by_key(|a| a.prompt);
-        if self.answers.len() != self.prompts.len() {
+    fn finish(self) -> Result<Answers, StageError> {
+        let mut answers = self.kept.answers;
+        answers.sort_by_key(|a| a.prompt);
+        if answers.len() != self.prompts.len() {
             return Err(StageError::internal("generation ended before every prompt was answered"));
         }
         Ok(Answers {
-            answers: self.answers,
+            answers,
             resumed: self.resumed,
             prompt_tokens: self.prompt_tokens,
             generated_tokens: self.generated_tokens,

@@ -64,6 +64,10 @@ impl Answerer for CudaAnswerer {
         64
     }
 
+    fn product_rows(&self, batch_size: usize) -> Option<usize> {
+        Some(self.generator.rows(batch_size))
+    }
+
     /// Kernels are compiled when they are first used, and a prefill has its full size always.
     fn time_follows_tokens(&self) -> bool {
         false

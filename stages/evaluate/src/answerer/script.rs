@@ -23,6 +23,8 @@ pub(crate) struct Script {
     /// Answers after which it fails, as a killed process would.
     pub(crate) dies_after: Option<usize>,
     pub(crate) max_positions: usize,
+    /// Name of the GPU that it says to be, else it is a CPU.
+    pub(crate) gpu: Option<&'static str>,
 }
 
 impl Script {
@@ -91,7 +93,11 @@ impl Answerer for Script {
         Ok(())
     }
 
+    fn product_rows(&self, batch_size: usize) -> Option<usize> {
+        self.gpu.map(|_| batch_size)
+    }
+
     fn backend(&self) -> (String, String) {
-        ("script".to_owned(), "none".to_owned())
+        ("script".to_owned(), self.gpu.unwrap_or("none").to_owned())
     }
 }

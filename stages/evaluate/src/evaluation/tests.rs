@@ -206,11 +206,14 @@ fn a_checkpoint_that_does_not_fit_the_prompts_is_ignored() {
     let whole = bench.trial(params(), &[]);
     whole.run(&bench.script).unwrap();
     let answer = |prompt: usize, tokens: usize| json!({"prompt": prompt, "tokens": vec![65; tokens], "ended": true});
+    let maker = json!({"backend": "script", "gpu": null});
+    let kept = |answers: Value| json!({"maker": maker, "answers": answers});
     for unfit in [
         json!("not answers"),
-        json!([answer(10, 2)]),
-        json!([answer(1, 2), answer(1, 2)]),
-        json!([answer(0, 151)]),
+        json!([answer(0, 2)]),
+        kept(json!([answer(10, 2)])),
+        kept(json!([answer(1, 2), answer(1, 2)])),
+        kept(json!([answer(0, 151)])),
     ] {
         let earlier = bench.trial(params(), &[]);
         earlier.save_checkpoint(unfit.to_string().as_bytes());
@@ -218,6 +221,41 @@ fn a_checkpoint_that_does_not_fit_the_prompts_is_ignored() {
         let outcome = trial.run(&bench.script).unwrap();
         assert_eq!(outcome.telemetry["resumed_rows"], 0, "{unfit}");
         assert_eq!(trial.outputs(), whole.outputs(), "{unfit}");
+    }
+}
+
+#[test]
+fn answers_of_another_device_or_with_other_rows_at_once_are_not_adopted() {
+    let bench = Bench::new();
+    let on = |gpu, dies_after| Script { dies_after, gpu, ..Bench::new().script };
+    let with = |batch: u64| json!({"max_new_tokens": 150, "batch_size": batch});
+    let (a, b) = (Some("GPU A"), Some("GPU B"));
+    for (first, second, warning) in [
+        ((None, 3), (None, 5), None),
+        ((a, 3), (a, 3), None),
+        (
+            (a, 3),
+            (b, 3),
+            Some("answered by GPU A with 3 rows at once, and this one works on GPU B"),
+        ),
+        ((a, 3), (a, 5), Some("with 3 rows at once, and this one works on GPU A with 5 rows")),
+        ((a, 3), (None, 3), Some("and this one works on script: starting anew")),
+        ((None, 3), (a, 3), Some("answered by script")),
+    ] {
+        let killed = bench.trial(with(first.1), &[]);
+        killed.run(&on(first.0, Some(7))).unwrap_err();
+        let again = bench.trial(with(second.1), &[&killed]);
+        again.run(&on(second.0, Some(2))).unwrap_err();
+        let log = again.text("log");
+        assert_eq!(log.contains("starting anew"), warning.is_some(), "{log}");
+        assert!(log.contains(warning.unwrap_or("7 rows adopted")), "{log}");
+        // Newer checkpoints count, however few answers they have.
+        let third = bench.trial(with(second.1), &[&killed, &again]);
+        third.run(&on(second.0, Some(usize::from(warning.is_some())))).unwrap_err();
+        let last = bench.trial(with(second.1), &[&killed, &again, &third]);
+        let outcome = last.run(&on(second.0, None)).unwrap();
+        let adopted = if warning.is_some() { 3 } else { 9 };
+        assert_eq!(outcome.telemetry["resumed_rows"], adopted, "{second:?}");
     }
 }
 

@@ -149,6 +149,11 @@ impl Generator {
         self.reduced.get()
     }
 
+    /// Rows of the products that decode: those asked for, in whole steps, unless memory was short.
+    pub fn rows(&self, batch_size: usize) -> usize {
+        self.reduced.get().unwrap_or_else(|| batch_size.max(1).next_multiple_of(8))
+    }
+
     /// Generates greedily for every prompt, calling `done` as rows finish, in any order; `done`
     /// returns false to stop early. Where memory is short fewer rows are decoded together.
     ///
@@ -162,7 +167,8 @@ impl Generator {
     ) -> Result<(), CudaError> {
         self.check(prompts, options)?;
         let mut is_answered = vec![false; prompts.len()];
-        let mut slots = options.batch_size.max(1).next_multiple_of(8);
+        self.reduced.set(None);
+        let mut slots = self.rows(options.batch_size);
         loop {
             let waiting = (0..prompts.len()).filter(|i| !is_answered[*i]).collect();
             let mut note = |generated: Generated| {
