@@ -96,8 +96,9 @@ impl CudaError {
                  nvidia-cuda-nvrtc (for CUDA 12: nvidia-cublas-cu12 and nvidia-cuda-nvrtc-cu12), and \
                  name their folder in LD_LIBRARY_PATH",
             ),
-            Self::HostMemory { .. } => Some("lower `batch_size`, or free memory of the host"),
-            Self::Memory { .. } => Some("lower `batch_size`, or free memory of the GPU"),
+            // Weights may be what does not fit, and stages try less work at once by themselves.
+            Self::HostMemory { .. } => Some("free memory of the host"),
+            Self::Memory { .. } => Some("free memory of the GPU, or use one that has more"),
             _ => None,
         }
     }
@@ -115,6 +116,12 @@ mod tests {
         let blas = |status| CudaError::from(CublasError(status));
         assert!(blas(cublasStatus_t::CUBLAS_STATUS_ALLOC_FAILED).is_memory());
         assert!(!blas(cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED).is_memory());
-        assert!(CudaError::HostMemory { wanted: 1 }.is_memory());
+        let host = CudaError::HostMemory { wanted: 1 };
+        assert!(host.is_memory());
+        for (error, whose) in [(driver(CUresult::CUDA_ERROR_OUT_OF_MEMORY), "GPU"), (host, "host")]
+        {
+            let help = error.help().unwrap_or_default();
+            assert!(help.starts_with(&format!("free memory of the {whose}")), "{help}");
+        }
     }
 }

@@ -88,19 +88,26 @@ pub(crate) fn first_fit<T>(
 
 /// What to do where no way fits rows of `row` tokens.
 pub(crate) fn no_room(error: CudaError, choice: params::Activations, row: usize) -> StageError {
-    let smaller = match choice {
-        params::Activations::Keep => "set `activations: recompute`, or ",
-        params::Activations::Recompute => "set `activations: offload`, or ",
-        params::Activations::Auto | params::Activations::Offload => "",
+    use params::Activations::{Auto, Keep, Offload, Recompute};
+    let lower = "lower `max_length` of the stage that packs";
+    let help = match (&error, choice) {
+        (CudaError::HostMemory { .. }, Offload) => format!(
+            "free memory of the host, set `activations: recompute`, which needs more of the GPU's instead, \
+             or {lower}"
+        ),
+        // The last way is the one that offloads, and the GPU has no room for any other.
+        (CudaError::HostMemory { .. }, Auto) => {
+            format!("free memory of the host or of the GPU, or {lower}")
+        }
+        (CudaError::HostMemory { .. }, Keep | Recompute) => {
+            format!("free memory of the host, or {lower}")
+        }
+        (CudaError::Memory { .. }, Keep) => format!("set `activations: recompute`, or {lower}"),
+        (CudaError::Memory { .. }, Recompute) => format!("set `activations: offload`, or {lower}"),
+        (CudaError::Memory { .. }, Auto | Offload) => format!("free memory of the GPU, or {lower}"),
+        _ => return error.into(),
     };
-    let is_memory = error.is_memory();
-    let plain = StageError::from(error);
-    if !is_memory {
-        return plain;
-    }
-    plain.help(format!(
-        "not even one row of {row} tokens fits: {smaller}lower `max_length` of the stage that packs"
-    ))
+    StageError::from(error).help(format!("not even one row of {row} tokens fits: {help}"))
 }
 
 /// Cuts a micro-batch between sequences into parts of at most `capacity` tokens, and hands them on
@@ -207,6 +214,20 @@ mod tests {
         assert!(help(params::Activations::Recompute).contains("`activations: offload`, or lower"));
         assert!(!help(params::Activations::Auto).contains("activations"));
         assert!(help(params::Activations::Auto).contains("512 tokens"));
+        let other = no_room(CudaError::Input("a fault".to_owned()), params::Activations::Keep, 512);
+        assert_eq!(other.help, None);
+    }
+
+    #[test]
+    fn a_host_without_memory_is_not_asked_for_more() {
+        use params::Activations::{Auto, Keep, Offload, Recompute};
+        let lacking = || CudaError::HostMemory { wanted: 1 };
+        let help = |choice| no_room(lacking(), choice, 512).help.unwrap();
+        assert!(help(Offload).contains("set `activations: recompute`"));
+        for choice in [Auto, Keep, Recompute] {
+            assert!(help(choice).contains("free memory of the host"), "{choice:?}");
+            assert!(!help(choice).contains("activations"), "{choice:?}");
+        }
     }
 
     #[test]
