@@ -57,7 +57,7 @@ impl Params {
     /// What can change an output. On the CPU the number of rows cannot; which device `auto` finds must
     /// not decide, since a fingerprint is the same on every host.
     pub(crate) fn identity(&self) -> Result<Value, ParamError> {
-        let mut value = self.to_value()?;
+        let mut value = Self { device: self.device.identity(), ..self.clone() }.to_value()?;
         if (self.device == DeviceChoice::Cpu || self.batch_size.is_none())
             && let Some(map) = value.as_object_mut()
         {

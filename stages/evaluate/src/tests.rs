@@ -180,6 +180,7 @@ fn params_are_checked_and_a_batch_counts_where_it_may_change_an_answer() {
     let identity = |params: Value| Evaluate.resolve(&params).unwrap().identity;
     let on = |device: &str, batch: Value| identity(json!({"device": device, "batch_size": batch}));
     assert_eq!(on("cpu", json!(3)), on("cpu", Value::Null));
+    assert_eq!(on("cuda", Value::Null), on("cuda:0", Value::Null));
     for device in ["auto", "cuda"] {
         assert_ne!(on(device, json!(3)), on(device, json!(4)), "{device}");
         assert!(on(device, Value::Null).get("batch_size").is_none(), "{device}");

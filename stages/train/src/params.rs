@@ -270,7 +270,7 @@ impl Params {
 
     /// What can change the outputs: how often to save and when to give up cannot.
     pub(crate) fn identity(&self) -> Value {
-        let mut value = self.to_value();
+        let mut value = Self { device: self.device.identity(), ..self.clone() }.to_value();
         if let Some(map) = value.as_object_mut() {
             map.shift_remove("checkpoint_steps");
             map.shift_remove("spike");

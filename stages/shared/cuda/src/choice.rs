@@ -34,7 +34,8 @@ pub fn open(
     let (ordinal, insists) = match device {
         DeviceChoice::Cpu => return Ok(None),
         DeviceChoice::Auto => (0, false),
-        DeviceChoice::Cuda(ordinal) => (ordinal, true),
+        // Any that is free is the only one that a stage sees.
+        DeviceChoice::Cuda(ordinal) => (ordinal.unwrap_or(0), true),
     };
     match open_in(ordinal, dtype) {
         Ok(gpu) => gpu.map(Some),

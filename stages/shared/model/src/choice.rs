@@ -16,8 +16,8 @@ pub enum DeviceChoice {
     Auto,
     /// The processor.
     Cpu,
-    /// The NVIDIA GPU of that number.
-    Cuda(usize),
+    /// An NVIDIA GPU: that of the number, else any that is free.
+    Cuda(Option<usize>),
 }
 
 impl DeviceChoice {
@@ -27,8 +27,8 @@ impl DeviceChoice {
     pub fn resources(self, built_in: bool) -> BTreeMap<String, u32> {
         let resource = match self {
             Self::Auto if built_in && sees_gpu() => "gpu".to_owned(),
-            Self::Cuda(0) if built_in => "gpu".to_owned(),
-            Self::Cuda(number) if built_in => format!("gpu:{number}"),
+            Self::Cuda(None) if built_in => "gpu".to_owned(),
+            Self::Cuda(Some(number)) if built_in => format!("gpu:{number}"),
             _ => "cpu".to_owned(),
         };
         [(resource, 1)].into()
@@ -49,6 +49,12 @@ impl DeviceChoice {
         }
         Ok(())
     }
+
+    /// What counts of the choice: `cuda` was once the name of the first GPU, and is still its identity.
+    #[must_use]
+    pub fn identity(self) -> Self {
+        if self == Self::Cuda(Some(0)) { Self::Cuda(None) } else { self }
+    }
 }
 
 /// Whether the host shows a GPU. Looking opens no device.
@@ -68,11 +74,11 @@ impl TryFrom<String> for DeviceChoice {
     type Error = String;
 
     fn try_from(text: String) -> Result<Self, String> {
-        let gpu = |number: &str| number.parse().ok().map(Self::Cuda);
+        let gpu = |number: &str| number.parse().ok().map(|number| Self::Cuda(Some(number)));
         match text.as_str() {
             "auto" => Some(Self::Auto),
             "cpu" => Some(Self::Cpu),
-            "cuda" => Some(Self::Cuda(0)),
+            "cuda" => Some(Self::Cuda(None)),
             other => other.strip_prefix("cuda:").and_then(gpu),
         }
         .ok_or_else(|| {
@@ -86,8 +92,8 @@ impl From<DeviceChoice> for String {
         match device {
             DeviceChoice::Auto => "auto".to_owned(),
             DeviceChoice::Cpu => "cpu".to_owned(),
-            DeviceChoice::Cuda(0) => "cuda".to_owned(),
-            DeviceChoice::Cuda(number) => format!("cuda:{number}"),
+            DeviceChoice::Cuda(None) => "cuda".to_owned(),
+            DeviceChoice::Cuda(Some(number)) => format!("cuda:{number}"),
         }
     }
 }
@@ -109,6 +115,24 @@ pub enum DtypeChoice {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_number_asks_for_that_gpu_and_none_for_any() {
+        let choice = |text: &str| DeviceChoice::try_from(text.to_owned());
+        for (text, resource, identity) in [
+            ("cpu", "cpu", "cpu"),
+            ("cuda", "gpu", "cuda"),
+            ("cuda:0", "gpu:0", "cuda"),
+            ("cuda:1", "gpu:1", "cuda:1"),
+        ] {
+            let Ok(device) = choice(text) else { panic!("{text}") };
+            assert_eq!(String::from(device), text);
+            assert_eq!(device.resources(true), [(resource.to_owned(), 1)].into());
+            assert_eq!(device.resources(false), [("cpu".to_owned(), 1)].into());
+            assert_eq!(String::from(device.identity()), identity);
+        }
+        assert!(choice("cuda:").is_err() && choice("cuda:x").is_err());
+    }
 
     #[test]
     fn gpus_are_hidden_where_the_first_name_is_none() {
