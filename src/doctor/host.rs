@@ -57,7 +57,7 @@ fn gpu() -> Vec<Check> {
             Some(path) => Check::ok(name, path.display().to_string()),
             None => Check::warn(
                 name,
-                "not found, so that stages run on the CPU",
+                "not found, so that stages cannot use a GPU",
                 format!(
                     "install CUDA 12.4 or newer, or PyPI's `{package}` and name its folder in \
                      LD_LIBRARY_PATH"

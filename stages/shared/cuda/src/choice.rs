@@ -21,11 +21,11 @@ impl From<CudaError> for StageError {
     }
 }
 
-/// The GPU that the params ask for, `None` for the CPU. Where a GPU would be taken and cannot be used
-/// the reporter hears why.
+/// The GPU that the params ask for, `None` for the CPU. Where `auto` finds none the reporter hears why.
 ///
 /// # Errors
-/// [`StageError`] where the params insist on what is not there.
+/// [`StageError`] where the params insist on what is not there, and where the host shows a GPU that
+/// lacks only software.
 pub fn open(
     device: DeviceChoice,
     dtype: DtypeChoice,
@@ -40,16 +40,29 @@ pub fn open(
     match open_in(ordinal, dtype) {
         Ok(gpu) => gpu.map(Some),
         Err(error) if insists => Err(error.into()),
-        Err(CudaError::Library { library: "cuda" }) => {
+        Err(error) => fall_back(error, model::sees_gpu(), reporter).map(|()| None),
+    }
+}
+
+/// Leaves `auto` to the CPU, unless the host shows a GPU and somebody can install what it lacks: the
+/// stage has taken a GPU then and no other stage that computes is kept waiting, so that all points of a
+/// sweep would crowd the CPU at once.
+fn fall_back(error: CudaError, sees_gpu: bool, reporter: &mut Reporter) -> Result<(), StageError> {
+    match error {
+        // A container that shows devices and has no driver was not meant to use them.
+        CudaError::Library { library: "cuda" } => {
             reporter.log("no NVIDIA driver: computing on the CPU");
-            Ok(None)
         }
-        Err(error) => {
+        CudaError::Library { .. } | CudaError::Version { .. } if sees_gpu => {
+            let message = format!("the GPU of this host cannot be used: {error}");
+            return Err(StageError { message, ..StageError::from(error) });
+        }
+        error => {
             let help = error.help().unwrap_or("`device: cuda` insists on it");
             reporter.warn(format!("no GPU is used: {error} ({help})"));
-            Ok(None)
         }
     }
+    Ok(())
 }
 
 /// The GPU in the type asked for. The inner error is a choice that this GPU does not have.
@@ -76,8 +89,30 @@ fn dtype_on(major: i32, choice: DtypeChoice) -> Option<Dtype> {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "tests")]
 mod tests {
+    use cudarc::driver::{DriverError, sys::CUresult};
+
     use super::*;
+
+    #[test]
+    fn auto_computes_on_the_cpu_unless_a_gpu_lacks_software() {
+        let falls_back = |error, sees_gpu| fall_back(error, sees_gpu, &mut Reporter::silent());
+        let version = || {
+            let (found, wanted) = ("12.2".to_owned(), "12.4 or newer".to_owned());
+            CudaError::Version { library: "cuda", found, wanted }
+        };
+        let no_device = || CudaError::from(DriverError(CUresult::CUDA_ERROR_NO_DEVICE));
+        for error in [CudaError::Library { library: "nvrtc" }, version()] {
+            let fault = falls_back(error, true).unwrap_err();
+            assert!(fault.message.starts_with("the GPU of this host cannot be used"), "{fault}");
+            assert!(fault.help.unwrap().ends_with("or set `device: cpu`"));
+        }
+        falls_back(CudaError::Library { library: "nvrtc" }, false).unwrap();
+        falls_back(version(), false).unwrap();
+        falls_back(CudaError::Library { library: "cuda" }, true).unwrap();
+        falls_back(no_device(), true).unwrap();
+    }
 
     #[test]
     fn cards_before_ampere_work_in_f16_unless_asked_otherwise() {

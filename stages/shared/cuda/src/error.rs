@@ -85,16 +85,16 @@ impl CudaError {
                 Some("install NVIDIA's driver, or set `device: cpu`")
             }
             Self::Library { .. } => Some(
-                "install the CUDA toolkit 12.4 or newer, or PyPI's nvidia-cublas and nvidia-cuda-nvrtc, \
-                 and name their folder in LD_LIBRARY_PATH",
+                "install the CUDA toolkit 12.4 or newer, or PyPI's nvidia-cublas and nvidia-cuda-nvrtc \
+                 with their folder in LD_LIBRARY_PATH, or set `device: cpu`",
             ),
             Self::Version { library: "cuda", .. } => {
                 Some("update NVIDIA's driver, or set `device: cpu`")
             }
             Self::Version { .. } => Some(
                 "install the toolkit of the driver's CUDA version or older, or PyPI's nvidia-cublas and \
-                 nvidia-cuda-nvrtc (for CUDA 12: nvidia-cublas-cu12 and nvidia-cuda-nvrtc-cu12), and \
-                 name their folder in LD_LIBRARY_PATH",
+                 nvidia-cuda-nvrtc (for CUDA 12: nvidia-cublas-cu12 and nvidia-cuda-nvrtc-cu12) \
+                 with their folder in LD_LIBRARY_PATH, or set `device: cpu`",
             ),
             // Weights may be what does not fit, and stages try less work at once by themselves.
             Self::HostMemory { .. } => Some("free memory of the host"),

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 #[serde(try_from = "String", into = "String")]
 #[schemars(extend("pattern" = "^(auto|cpu|cuda(:[0-9]+)?)$", "examples" = ["auto", "cpu", "cuda"]))]
 pub enum DeviceChoice {
-    /// The best device there is.
+    /// A GPU where the host shows one, else the processor.
     Auto,
     /// The processor.
     Cpu,
@@ -58,7 +58,7 @@ impl DeviceChoice {
 }
 
 /// Whether the host shows a GPU. Looking opens no device.
-fn sees_gpu() -> bool {
+pub fn sees_gpu() -> bool {
     let names = std::env::var("CUDA_VISIBLE_DEVICES").ok();
     !hides_all(names.as_deref()) && Path::new("/dev/nvidiactl").exists()
 }
