@@ -27,15 +27,19 @@ pub(crate) use host::{HostLearner, HostModel};
 
 /// A model in training: its parameters, their gradient and the optimiser.
 pub(crate) trait Learner {
-    /// Makes ready for micro-batches of up to `batch` tokens in rows of up to `row`. Returns the
-    /// seconds that a token takes, where that is known before training starts.
+    /// Makes ready for micro-batches of up to `batch` tokens in rows of up to `row`.
     fn prepare(
         &mut self,
         _batch: usize,
         _row: usize,
         _reporter: &mut Reporter,
-    ) -> Result<Option<f64>, StageError> {
-        Ok(None)
+    ) -> Result<(), StageError> {
+        Ok(())
+    }
+
+    /// Seconds that a token takes, where that is known before training starts.
+    fn seconds_per_token(&self) -> Option<f64> {
+        None
     }
 
     /// Adds the gradient of `scale * sum of token losses` to the step's, and that sum to its loss.

@@ -79,7 +79,7 @@ impl<'a, L: Learner> Trainer<'a, L> {
         let batch = self.params.batch_size;
         let longest =
             |batch| self.eval.map_or(0, |eval| eval.longest(batch)).max(self.train.longest(batch));
-        let seconds_per_token = self.learner.prepare(longest(batch), longest(1), reporter)?;
+        self.learner.prepare(longest(batch), longest(1), reporter)?;
         let (mut state, resumed_from) = self.start(reporter)?;
         let mut guard = Guard::new(self.params.spike);
         state.log.iter().filter(|line| !line.is_skipped()).for_each(|line| {
@@ -87,7 +87,8 @@ impl<'a, L: Learner> Trainer<'a, L> {
         });
         let (train_tokens, eval_tokens) = self.tokens_from(resumed_from);
         let mut meter = Meter::start(train_tokens, eval_tokens);
-        if let Some(seconds) = seconds_per_token {
+        // A checkpoint may have the learner run otherwise than it was prepared to.
+        if let Some(seconds) = self.learner.seconds_per_token() {
             meter.send_estimate(seconds, "measured on a micro-batch", reporter);
         }
         while state.step() < total {

@@ -39,6 +39,8 @@ struct Prepared {
     way: Way,
     /// Weights are decoded once.
     keeps_weights: bool,
+    /// Of a micro-batch of the greatest size.
+    seconds: f64,
     /// Tokens of the longest micro-batch and of the longest row.
     batch: usize,
     row: usize,
@@ -83,20 +85,15 @@ impl CudaLearner {
         Ok(Self { adapter, config, activations, settings, scaler, prepared, lora, frozen, gpu })
     }
 
-    /// Makes ready for the first of the ways that fits. Returns the seconds of a micro-batch of the
-    /// greatest size as well.
-    fn fit(
-        &self,
-        ways: &[Way],
-        (batch, row): (usize, usize),
-    ) -> Result<(Prepared, f64), CudaError> {
+    /// Makes ready for the first of the ways that fits.
+    fn fit(&self, ways: &[Way], (batch, row): (usize, usize)) -> Result<Prepared, CudaError> {
         first_fit(ways, |way, is_another_left| {
             self.gpu.reset_peak();
             let prepared = self.make(way, (batch, row))?;
             // The last way may take what there is.
             let reserve = if is_another_left { self.gpu.check_reserve() } else { Ok(()) };
             match reserve.and_then(|()| self.rehearse(&prepared)) {
-                Ok(seconds) => Ok((prepared, seconds)),
+                Ok(seconds) => Ok(Prepared { seconds, ..prepared }),
                 Err(error) if error.is_memory() => {
                     // Work under way reads and writes what is dropped.
                     self.gpu.drain()?;
@@ -119,7 +116,7 @@ impl CudaLearner {
         let optimizer = Optimizer::new(&self.gpu, self.settings, &tensors, &maps, spare)?;
         let keeps_weights = activations == Activations::Keep
             && step.keep_weights(&self.gpu, &self.frozen, &self.lora)?;
-        Ok(Prepared { optimizer, step, way, keeps_weights, batch, row })
+        Ok(Prepared { optimizer, step, way, keeps_weights, seconds: 0.0, batch, row })
     }
 
     /// Runs a micro-batch of the greatest size as often as it takes until it runs as in training, and
@@ -154,20 +151,22 @@ impl CudaLearner {
         self.prepared = None;
         let same = ways(self.activations, wanted.capacity, wanted.capacity);
         let prepared = match self.fit(&same, (batch, row)) {
-            Err(error) if error.is_memory() => {
+            Err(lacking) if lacking.is_memory() => {
+                let smaller = ways(self.activations, own.capacity, row);
+                let fitted = self.fit(&smaller, (batch, row));
+                let prepared = fitted.map_err(|error| no_room(error, self.activations, row))?;
                 reporter.warn(format!(
                     "the checkpoint was made with {} tokens at once (activations: {}), for which \
-                     there is no memory now ({error}): resuming with {}, so that the result may \
+                     there is no memory now ({lacking}): resuming with {}, so that the result may \
                      differ in its last bits from that of an uninterrupted run",
                     wanted.capacity,
                     wanted.name(),
-                    own.capacity,
+                    prepared.way.capacity,
                 ));
-                self.fit(&[own], (batch, row))
+                prepared
             }
-            fitted => fitted,
+            fitted => fitted?,
         };
-        let (prepared, _) = prepared.map_err(|error| no_room(error, self.activations, row))?;
         let way = prepared.way;
         reporter.log(format!("activations: {}, {} tokens at once", way.name(), way.capacity));
         self.prepared = Some(prepared);
@@ -211,11 +210,11 @@ impl Learner for CudaLearner {
         batch: usize,
         row: usize,
         reporter: &mut Reporter,
-    ) -> Result<Option<f64>, StageError> {
-        let (prepared, seconds) = self
+    ) -> Result<(), StageError> {
+        let prepared = self
             .fit(&ways(self.activations, batch, row), (batch, row))
             .map_err(|error| no_room(error, self.activations, row))?;
-        let Prepared { way, keeps_weights, .. } = prepared;
+        let Prepared { way, keeps_weights, seconds, .. } = prepared;
         self.prepared = Some(prepared);
         let gib = |bytes: u64| bytes as f64 / f64::from(1u32 << 30);
         let rate = way.capacity as f64 / seconds;
@@ -231,7 +230,12 @@ impl Learner for CudaLearner {
             way.name(),
             way.capacity,
         ));
-        Ok(Some(1.0 / rate))
+        Ok(())
+    }
+
+    fn seconds_per_token(&self) -> Option<f64> {
+        let Prepared { way, seconds, .. } = self.prepared.as_ref()?;
+        Some(seconds / way.capacity as f64)
     }
 
     fn micro_batch(

@@ -14,15 +14,21 @@ struct Narrow {
     scale: f32,
     limit: f32,
     zeroed: u64,
+    /// Of a token; twice as many after a resume.
+    seconds: f64,
 }
 
 impl Narrow {
     fn new(limit: f32) -> Self {
-        Self { value: 0.0, scale: 64.0, limit, zeroed: 0 }
+        Self { value: 0.0, scale: 64.0, limit, zeroed: 0, seconds: 0.5 }
     }
 }
 
 impl Learner for Narrow {
+    fn seconds_per_token(&self) -> Option<f64> {
+        Some(self.seconds)
+    }
+
     fn micro_batch(&mut self, _: MicroBatch<'_>, _: f32, _: DropoutKey) -> Result<(), StageError> {
         Ok(())
     }
@@ -59,6 +65,7 @@ impl Learner for Narrow {
         let mut numbers = [0.0; 2];
         let whole = crate::optimizer::read_f32(&mut numbers, &mut &bytes[..]);
         [self.value, self.scale] = numbers;
+        self.seconds *= 2.0;
         Ok(whole.is_some())
     }
 }
@@ -83,10 +90,19 @@ fn steps_that_overflow_move_nothing_and_leave_the_schedule_where_it_is() {
     let mut learner = Narrow::new(8.0);
     let store = checkpoints(&dir.path().join("b"), &[&dir.path().join("a")]);
     let trainer = Trainer::new(&params, &mut learner, &rows, None, &store);
-    let resumed = trainer.run(&mut Reporter::silent()).unwrap();
+    let events = dir.path().join("events");
+    let sink = std::fs::File::create(&events).unwrap();
+    let resumed = trainer.run(&mut Reporter::new(Box::new(sink))).unwrap();
     assert_eq!(resumed.resumed_from, 7);
     assert_eq!(resumed.values, whole.values);
     assert_eq!(resumed.log.last(), whole.log.last());
+    // A token takes a second as the run goes on.
+    let events: Vec<Progress> = data::read_jsonl(&events).unwrap();
+    let told = events.iter().find_map(|event| match event {
+        Progress::Estimate { seconds, .. } => *seconds,
+        _ => None,
+    });
+    assert_eq!(told, Some(whole.log[7].tokens as f64));
 }
 
 #[test]
