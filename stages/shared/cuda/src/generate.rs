@@ -15,7 +15,7 @@ use crate::attention::Attention;
 use crate::device::{Buffer, Device, args};
 use crate::gemm::{Gemm, View};
 use crate::graph::Recorder;
-use crate::sizes::check_decoding;
+use crate::sizes::{check_decoding, check_folder};
 use crate::step::pass::{Pass, gather};
 use crate::step::{Batch, COLUMNS, Step};
 use crate::{CudaError, Frozen};
@@ -124,6 +124,8 @@ impl Generator {
     /// # Errors
     /// [`CudaError`] naming what is missing, or where memory runs out.
     pub fn load(device: Device, folder: &Path, adapter: &Adapter) -> Result<Self, CudaError> {
+        // Before minutes of loading.
+        check_folder(folder, device.dtype)?;
         let frozen = Frozen::load(&device, folder)?;
         Self::new(device, frozen, adapter)
     }

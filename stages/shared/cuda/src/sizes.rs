@@ -1,6 +1,8 @@
 //! Sizes that the kernels serve: others would be cut off or read past, without a word.
 
-use checkpoint::ModelConfig;
+use std::path::Path;
+
+use checkpoint::{CheckpointError, ModelConfig, ModelFolder};
 
 use crate::{CudaError, Dtype};
 
@@ -37,6 +39,13 @@ pub(crate) fn check_decoding(c: &ModelConfig, dtype: Dtype) -> Result<(), CudaEr
     check(dtype, &[("head_dim", c.head_dim, 32, 256)])
 }
 
+/// Refuses a model folder that decoding does not serve; reads nothing but its config.
+pub(crate) fn check_folder(folder: &Path, dtype: Dtype) -> Result<(), CudaError> {
+    let wrong = |error: CheckpointError| CudaError::Input(error.to_string());
+    let folder = ModelFolder::open(folder).map_err(wrong)?;
+    check_decoding(&ModelConfig::read(&folder).map_err(wrong)?, dtype)
+}
+
 fn check(dtype: Dtype, rules: &[Rule]) -> Result<(), CudaError> {
     for (name, size, factor, most) in rules {
         let limit = if size > most {
@@ -57,15 +66,10 @@ fn check(dtype: Dtype, rules: &[Rule]) -> Result<(), CudaError> {
 #[cfg(test)]
 #[allow(clippy::unwrap_used, reason = "tests")]
 mod tests {
-    use std::path::PathBuf;
-
-    use checkpoint::ModelFolder;
-
     use super::*;
 
     fn config() -> ModelConfig {
-        let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
-        let folder = folder.join("../../../tests/fixtures/tiny-models/llama/f32");
+        let folder = fixtures::own("tiny-models/llama/f32");
         ModelConfig::read(&ModelFolder::open(&folder).unwrap()).unwrap()
     }
 
@@ -102,6 +106,17 @@ mod tests {
         );
         let ffn = ModelConfig { intermediate_size: 11_004, ..config() };
         assert!(message(check_layers(&ffn, Dtype::Bf16)).contains("intermediate_size"));
+    }
+
+    #[test]
+    fn a_folder_is_judged_by_its_config_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let config = std::fs::read(fixtures::own("tiny-models/llama/f32/config.json")).unwrap();
+        let mut config: serde_json::Value = serde_json::from_slice(&config).unwrap();
+        config["head_dim"] = 80.into();
+        std::fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
+        let refused = check_folder(dir.path(), Dtype::Bf16).unwrap_err().to_string();
+        assert!(refused.contains("head_dim is 80"), "{refused}");
     }
 
     #[test]
