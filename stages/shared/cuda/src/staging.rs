@@ -4,7 +4,7 @@
 use std::cell::Cell;
 use std::ffi::c_void;
 
-use cudarc::driver::result;
+use cudarc::driver::{DriverError, result, sys::CUresult};
 
 use crate::CudaError;
 use crate::device::Device;
@@ -18,11 +18,19 @@ impl Pinned {
     pub(crate) fn new(bytes: usize) -> Result<Self, CudaError> {
         // SAFETY: freed by `drop`.
         let memory = unsafe { result::malloc_host(bytes, 0) };
-        memory.map(Self).map_err(|_| CudaError::HostMemory { wanted: bytes as u64 })
+        memory.map(Self).map_err(|error| fault(error, bytes))
     }
 
     pub(crate) fn ptr(&self) -> *mut u8 {
         self.0.cast()
+    }
+}
+
+/// Why `bytes` bytes could not be pinned: a fault of earlier work shows here as well.
+fn fault(error: DriverError, bytes: usize) -> CudaError {
+    match error.0 {
+        CUresult::CUDA_ERROR_OUT_OF_MEMORY => CudaError::HostMemory { wanted: bytes as u64 },
+        _ => error.into(),
     }
 }
 
@@ -84,5 +92,18 @@ impl Staging {
             result::memcpy_htod_async(to, memory, device.cu_stream())?;
         }
         slot.copied.record(device.cu_stream())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_lack_of_memory_is_called_one() {
+        let of = |status| fault(DriverError(status), 7);
+        let lacking = of(CUresult::CUDA_ERROR_OUT_OF_MEMORY);
+        assert!(matches!(lacking, CudaError::HostMemory { wanted: 7 }));
+        assert!(matches!(of(CUresult::CUDA_ERROR_ILLEGAL_ADDRESS), CudaError::Driver(_)));
     }
 }
