@@ -304,17 +304,11 @@ impl Learner for CudaLearner {
         let Some(()) = crate::optimizer::read_f32(&mut values, &mut rest) else { return Ok(false) };
         let Some((scaler, rest)) = self.scaler.read(rest) else { return Ok(false) };
         let Some(Prepared { optimizer, batch, row, .. }) = &self.prepared else { return Ok(false) };
-        let is_of_this_run = way.is_none_or(|way| (*row..=*batch).contains(&way.capacity));
+        let is_of_this_run = (*row..=*batch).contains(&way.capacity);
         if !is_of_this_run || !optimizer.accepts(rest) {
             return Ok(false);
         }
-        match way {
-            Some(way) => self.return_to(way, reporter)?,
-            None => reporter.warn(
-                "the checkpoint does not say how many tokens ran at once: the result may differ in \
-                 its last bits from that of an uninterrupted run",
-            ),
-        }
+        self.return_to(way, reporter)?;
         let Some(prepared) = &mut self.prepared else { return Ok(false) };
         prepared.optimizer.read(&self.gpu, rest)?;
         self.scaler = scaler;

@@ -16,39 +16,41 @@ pub(crate) struct Way {
     pub(crate) capacity: usize,
 }
 
-/// Start of a way as bytes; what older versions wrote there is a number of values, which is smaller.
+/// Start of a way as bytes.
 const MAGIC: &[u8] = b"cuda-way";
 
 impl Way {
     pub(crate) fn write(self, out: &mut Vec<u8>) {
         out.extend(MAGIC);
-        out.push(KINDS.iter().position(|(kind, _)| *kind == self.activations).unwrap_or(0) as u8);
+        out.push(match self.activations {
+            Activations::Keep => 0,
+            Activations::Recompute => 1,
+            Activations::Offload => 2,
+        });
         out.extend((self.capacity as u64).to_le_bytes());
     }
 
-    /// What [`Way::write`] wrote, and the rest; no way where an older version wrote the bytes. `None`
-    /// where they are something else.
-    pub(crate) fn read(bytes: &[u8]) -> Option<(Option<Self>, &[u8])> {
-        let Some(rest) = bytes.strip_prefix(MAGIC) else { return Some((None, bytes)) };
-        let (kind, rest) = rest.split_first()?;
+    /// What [`Way::write`] wrote, and the rest; `None` where it is something else.
+    pub(crate) fn read(bytes: &[u8]) -> Option<(Self, &[u8])> {
+        let (kind, rest) = bytes.strip_prefix(MAGIC)?.split_first()?;
         let (capacity, rest) = rest.split_first_chunk::<8>()?;
-        let (activations, _) = *KINDS.get(usize::from(*kind))?;
+        let activations = *KINDS.get(usize::from(*kind))?;
         let capacity = usize::try_from(u64::from_le_bytes(*capacity)).ok()?;
-        Some((Some(Self { activations, capacity }), rest))
+        Some((Self { activations, capacity }, rest))
     }
 
-    /// The name of what is kept.
+    /// The name of what is kept, as in the params.
     pub(crate) fn name(self) -> &'static str {
-        KINDS.iter().find(|(kind, _)| *kind == self.activations).map_or("", |(_, name)| *name)
+        match self.activations {
+            Activations::Keep => "keep",
+            Activations::Recompute => "recompute",
+            Activations::Offload => "offload",
+        }
     }
 }
 
-/// What may be kept, the fastest first, by the names of the param; checkpoints hold the places here.
-const KINDS: [(Activations, &str); 3] = [
-    (Activations::Keep, "keep"),
-    (Activations::Recompute, "recompute"),
-    (Activations::Offload, "offload"),
-];
+/// What may be kept, the fastest first, in the order of [`Way::write`].
+const KINDS: [Activations; 3] = [Activations::Keep, Activations::Recompute, Activations::Offload];
 
 /// Ways to run micro-batches of `batch` tokens in rows of up to `row`, the fastest first.
 pub(crate) fn ways(choice: params::Activations, batch: usize, row: usize) -> Vec<Way> {
@@ -59,7 +61,7 @@ pub(crate) fn ways(choice: params::Activations, batch: usize, row: usize) -> Vec
         params::Activations::Auto => 0..3,
     };
     let mut ways = Vec::new();
-    for (activations, _) in KINDS[kinds].iter().copied() {
+    for activations in KINDS[kinds].iter().copied() {
         let mut capacity = batch;
         ways.push(Way { activations, capacity });
         while capacity > row {
@@ -231,17 +233,16 @@ mod tests {
     }
 
     #[test]
-    fn a_way_reads_back_and_older_bytes_have_none() {
+    fn a_way_reads_back_and_other_bytes_are_none() {
         for way in ways(params::Activations::Auto, 4096, 2048) {
             let mut bytes = Vec::new();
             way.write(&mut bytes);
             bytes.push(7);
-            assert_eq!(Way::read(&bytes), Some((Some(way), &[7][..])));
+            assert_eq!(Way::read(&bytes), Some((way, &[7][..])));
             assert_eq!(Way::read(&bytes[..12]), None);
             bytes[MAGIC.len()] = 9;
             assert_eq!(Way::read(&bytes), None);
         }
-        let older = 1_000_000u64.to_le_bytes();
-        assert_eq!(Way::read(&older), Some((None, &older[..])));
+        assert_eq!(Way::read(&1_000_000u64.to_le_bytes()), None);
     }
 }
