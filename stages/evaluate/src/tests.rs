@@ -10,13 +10,8 @@ use serde_json::{Map, Value, json};
 use super::*;
 use crate::trial::Trial;
 
-/// Folder of reference outputs: `PIPE_FIXTURES`, else the trimmed copy in the repository.
 fn tiny(family: &str, part: &str) -> PathBuf {
-    let fixtures = std::env::var_os("PIPE_FIXTURES").map_or_else(
-        || PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures"),
-        PathBuf::from,
-    );
-    fixtures.join("tiny-models").join(family).join(part)
+    fixtures::path(&format!("tiny-models/{family}/{part}"))
 }
 
 /// A tiny model with a tokenizer of bytes. Of the tokens that no text has, every fourth is the
