@@ -38,7 +38,8 @@ struct Params {
     #[serde(default)]
     nondeterministic: bool,
     /// What it takes of the host while it runs: `gpu: 2` so many GPUs, which are all that it sees;
-    /// `"gpu:1": 1` that one; any other name excludes stages that take it too.
+    /// `"gpu:1": 1` that one, which the command must choose itself, since it sees all; any other name
+    /// excludes stages that take it too.
     #[serde(default)]
     resources: BTreeMap<String, u32>,
 }

@@ -26,8 +26,9 @@ pub struct Signature {
     /// pipeline file. The engine digests them and hands them over as inputs of these names.
     pub local_inputs: BTreeMap<String, String>,
     /// Resources taken while running. `gpu`: so many of the host's GPUs, and the stage sees no
-    /// others; `gpu:N`: the GPU of that number. Any other name, such as `cpu` for a stage that keeps
-    /// every core busy, excludes stages of the same run that take it too.
+    /// others; `gpu:N`: the GPU of that number, which is kept free for it: it sees all and has to
+    /// choose that one. Any other name, such as `cpu` for a stage that keeps every core busy, excludes
+    /// stages of the same run that take it too.
     pub resources: BTreeMap<String, u32>,
     /// Key in `pipeline.lock` under which the stage's source is pinned. `Some` where the params
     /// alone do not pin the bytes; the stage then returns what it resolved in
