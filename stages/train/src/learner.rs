@@ -25,15 +25,21 @@ use crate::params::Params;
 pub(crate) use gpu::CudaLearner;
 pub(crate) use host::{HostLearner, HostModel};
 
+/// Tokens of the longest that a run will meet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Longest {
+    /// Of all micro-batches.
+    pub(crate) batch: usize,
+    /// Of all packed rows.
+    pub(crate) row: usize,
+    /// Of the sequences inside them.
+    pub(crate) sequence: usize,
+}
+
 /// A model in training: its parameters, their gradient and the optimiser.
 pub(crate) trait Learner {
-    /// Makes ready for micro-batches of up to `batch` tokens in rows of up to `row`.
-    fn prepare(
-        &mut self,
-        _batch: usize,
-        _row: usize,
-        _reporter: &mut Reporter,
-    ) -> Result<(), StageError> {
+    /// Makes ready for micro-batches of up to that many tokens.
+    fn prepare(&mut self, _longest: Longest, _reporter: &mut Reporter) -> Result<(), StageError> {
         Ok(())
     }
 

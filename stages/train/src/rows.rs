@@ -57,6 +57,12 @@ impl PackedRows {
         lengths.iter().take(count).sum::<u64>() as usize
     }
 
+    /// Tokens of the longest segment.
+    pub(crate) fn longest_segment(&self) -> usize {
+        let lengths = self.file.cu_seqlens.windows(2).map(|w| (w[1] - w[0]) as usize);
+        lengths.max().unwrap_or(0)
+    }
+
     /// The first segment longer than `limit` tokens: its row and its length.
     pub(crate) fn longer_than(&self, limit: usize) -> Option<(usize, usize)> {
         let bounds = self.file.cu_seqlens.windows(2);
@@ -161,6 +167,7 @@ mod tests {
     fn faults_are_located_by_row() {
         assert_eq!(rows().longer_than(3), Some((1, 4)));
         assert_eq!(rows().longer_than(4), None);
+        assert_eq!((rows().longest_segment(), rows().longest(1)), (4, 5));
         assert_eq!(rows().outside_vocabulary(33), Some((1, 33)));
         assert_eq!(rows().outside_vocabulary(34), None);
     }

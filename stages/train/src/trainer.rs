@@ -8,7 +8,7 @@ use model::DropoutKey;
 
 use crate::error::TrainError;
 use crate::guard::Guard;
-use crate::learner::Learner;
+use crate::learner::{Learner, Longest};
 use crate::log::LogLine;
 use crate::meter::Meter;
 use crate::order::DataOrder;
@@ -76,10 +76,7 @@ impl<'a, L: Learner> Trainer<'a, L> {
     /// Runs all steps that no checkpoint has done yet.
     pub(crate) fn run(mut self, reporter: &mut Reporter) -> Result<Finished, TrainError> {
         let total = self.total_steps();
-        let batch = self.params.batch_size;
-        let longest =
-            |batch| self.eval.map_or(0, |eval| eval.longest(batch)).max(self.train.longest(batch));
-        self.learner.prepare(longest(batch), longest(1), reporter)?;
+        self.learner.prepare(self.longest(), reporter)?;
         let (mut state, resumed_from) = self.start(reporter)?;
         let mut guard = Guard::new(self.params.spike);
         state.log.iter().filter(|line| !line.is_skipped()).for_each(|line| {
@@ -110,6 +107,16 @@ impl<'a, L: Learner> Trainer<'a, L> {
             }
         }
         self.finish(state, resumed_from, meter)
+    }
+
+    fn longest(&self) -> Longest {
+        let all = || std::iter::once(self.train).chain(self.eval);
+        let rows = |count| all().map(|rows| rows.longest(count)).max().unwrap_or(0);
+        Longest {
+            batch: rows(self.params.batch_size),
+            row: rows(1),
+            sequence: all().map(PackedRows::longest_segment).max().unwrap_or(0),
+        }
     }
 
     /// The newest checkpoint, which the learner takes its part of; else the beginning.

@@ -128,6 +128,26 @@ fn shared(floats: usize) -> usize {
     (floats * 4).next_multiple_of(16)
 }
 
+/// Refuses a sequence of `longest` tokens whose scores do not fit into the `available` bytes of shared
+/// memory that a block of the slow kernels can have.
+pub(crate) fn check_longest(
+    longest: usize,
+    available: usize,
+    trains: bool,
+    dtype: Dtype,
+) -> Result<(), CudaError> {
+    // Backward, gradients of the scores as well.
+    let parts = if trains { 2 } else { 1 };
+    if shared(parts * longest) <= available {
+        return Ok(());
+    }
+    let limit = available / 16 * 4 / parts;
+    Err(CudaError::Input(format!(
+        "a sequence of {longest} tokens where this GPU's attention serves {limit} in {dtype:?} with \
+         heads of this size: shorten it, or set another `dtype` or `device: cpu`"
+    )))
+}
+
 impl Attention {
     fn parts(&self, base: u64, size: u64) -> [u64; 3] {
         let (q, kv) = ((self.heads * self.d) as u64, (self.kv_heads * self.d) as u64);

@@ -319,6 +319,13 @@ impl Device {
         Ok(self.context.mem_get_info()?.1 as u64)
     }
 
+    /// Bytes of shared memory that a block can ask for.
+    pub(crate) fn shared_bytes(&self) -> Result<usize, CudaError> {
+        let attribute =
+            sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
+        Ok(self.context.attribute(attribute)? as usize)
+    }
+
     /// Refuses to go on where so little memory is left that kernels may not find room.
     ///
     /// # Errors

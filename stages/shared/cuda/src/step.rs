@@ -14,7 +14,7 @@ mod resident;
 use model::MicroBatch;
 
 use crate::adapter::Lora;
-use crate::attention::Plan;
+use crate::attention::{Plan, check_longest};
 use crate::device::{Buffer, Device};
 use crate::graph::Recorder;
 use crate::sizes::logits_stride;
@@ -82,6 +82,8 @@ pub struct Step {
     activations: Activations,
     trains: bool,
     attention: Option<Plan>,
+    /// Shared memory of a block, which bounds sequences where there is no plan.
+    shared_bytes: usize,
     capacity: usize,
     /// Rows of the rotary tables: no sequence is longer.
     positions: usize,
@@ -292,6 +294,7 @@ impl Step {
             activations,
             trains,
             attention,
+            shared_bytes: device.shared_bytes()?,
             capacity,
             positions,
             widths,
@@ -473,6 +476,9 @@ impl Step {
             let message =
                 format!("a sequence of {longest} tokens where {} positions fit", self.positions);
             return Err(CudaError::Input(message));
+        }
+        if self.attention.is_none() {
+            check_longest(longest as usize, self.shared_bytes, self.trains, device.dtype)?;
         }
         for (row, target) in batch.targets.iter().enumerate().filter(|(_, t)| **t != -100) {
             columns[4].push(row as i32);

@@ -14,7 +14,7 @@ use serde_json::Value;
 
 use super::scaler::LossScaler;
 use super::ways::{Way, first_fit, no_room, split, ways};
-use super::{DecoderLearner, Learner, start};
+use super::{DecoderLearner, Learner, Longest, start};
 use crate::optimizer::{OptimizerKind, dynamic_maps};
 use crate::params::{self, Params};
 
@@ -41,9 +41,7 @@ struct Prepared {
     keeps_weights: bool,
     /// Of a micro-batch of the greatest size.
     seconds: f64,
-    /// Tokens of the longest micro-batch and of the longest row.
-    batch: usize,
-    row: usize,
+    longest: Longest,
 }
 
 impl CudaLearner {
@@ -86,10 +84,10 @@ impl CudaLearner {
     }
 
     /// Makes ready for the first of the ways that fits.
-    fn fit(&self, ways: &[Way], (batch, row): (usize, usize)) -> Result<Prepared, CudaError> {
+    fn fit(&self, ways: &[Way], longest: Longest) -> Result<Prepared, CudaError> {
         first_fit(ways, |way, is_another_left| {
             self.gpu.reset_peak();
-            let prepared = self.make(way, (batch, row))?;
+            let prepared = self.make(way, longest)?;
             // The last way may take what there is.
             let reserve = if is_another_left { self.gpu.check_reserve() } else { Ok(()) };
             match reserve.and_then(|()| self.rehearse(&prepared)) {
@@ -107,7 +105,7 @@ impl CudaLearner {
     }
 
     /// Buffers and states for one way.
-    fn make(&self, way: Way, (batch, row): (usize, usize)) -> Result<Prepared, CudaError> {
+    fn make(&self, way: Way, longest: Longest) -> Result<Prepared, CudaError> {
         let Way { activations, capacity } = way;
         let mut step = Step::new(&self.gpu, &self.frozen, &self.lora, capacity, activations)?;
         let tensors = self.adapter.tensors();
@@ -116,7 +114,7 @@ impl CudaLearner {
         let optimizer = Optimizer::new(&self.gpu, self.settings, &tensors, &maps, spare)?;
         let keeps_weights = activations == Activations::Keep
             && step.keep_weights(&self.gpu, &self.frozen, &self.lora)?;
-        Ok(Prepared { optimizer, step, way, keeps_weights, seconds: 0.0, batch, row })
+        Ok(Prepared { optimizer, step, way, keeps_weights, seconds: 0.0, longest })
     }
 
     /// Runs a micro-batch of the greatest size as often as it takes until it runs as in training, and
@@ -124,8 +122,8 @@ impl CudaLearner {
     /// of the third.
     fn rehearse(&self, prepared: &Prepared) -> Result<f64, CudaError> {
         let (capacity, config) = (prepared.way.capacity, &self.config);
-        // A row may hold more tokens than a sequence.
-        let length = prepared.row.clamp(1, config.max_position_embeddings);
+        // A row holds more tokens than attention may serve at once.
+        let length = prepared.longest.sequence.max(1);
         let tokens: Vec<i32> = (0..capacity).map(|i| (i % config.vocab_size) as i32).collect();
         let mut bounds: Vec<i32> = (0..capacity).step_by(length).map(|i| i as i32).collect();
         bounds.push(capacity as i32);
@@ -144,17 +142,18 @@ impl CudaLearner {
     /// Has as many tokens run at once as when a checkpoint was written: sums are made in that order,
     /// and the memory that is free now must not decide the result.
     fn return_to(&mut self, wanted: Way, reporter: &mut Reporter) -> Result<(), StageError> {
-        let Some(Prepared { way: own, batch, row, .. }) = self.prepared else { return Ok(()) };
+        let Some(Prepared { way: own, longest, .. }) = self.prepared else { return Ok(()) };
         if own.capacity == wanted.capacity {
             return Ok(());
         }
         self.prepared = None;
         let same = ways(self.activations, wanted.capacity, wanted.capacity);
-        let prepared = match self.fit(&same, (batch, row)) {
+        let prepared = match self.fit(&same, longest) {
             Err(lacking) if lacking.is_memory() => {
-                let smaller = ways(self.activations, own.capacity, row);
-                let fitted = self.fit(&smaller, (batch, row));
-                let prepared = fitted.map_err(|error| no_room(error, self.activations, row))?;
+                let smaller = ways(self.activations, own.capacity, longest.row);
+                let prepared = self
+                    .fit(&smaller, longest)
+                    .map_err(|error| no_room(error, self.activations, longest.row))?;
                 reporter.warn(format!(
                     "the checkpoint was made with {} tokens at once (activations: {}), for which \
                      there is no memory now ({lacking}): resuming with {}, so that the result may \
@@ -205,14 +204,10 @@ impl DecoderLearner for CudaLearner {
 }
 
 impl Learner for CudaLearner {
-    fn prepare(
-        &mut self,
-        batch: usize,
-        row: usize,
-        reporter: &mut Reporter,
-    ) -> Result<(), StageError> {
+    fn prepare(&mut self, longest: Longest, reporter: &mut Reporter) -> Result<(), StageError> {
+        let Longest { batch, row, .. } = longest;
         let prepared = self
-            .fit(&ways(self.activations, batch, row), (batch, row))
+            .fit(&ways(self.activations, batch, row), longest)
             .map_err(|error| no_room(error, self.activations, row))?;
         let Prepared { way, keeps_weights, seconds, .. } = prepared;
         self.prepared = Some(prepared);
@@ -303,8 +298,8 @@ impl Learner for CudaLearner {
         };
         let Some(()) = crate::optimizer::read_f32(&mut values, &mut rest) else { return Ok(false) };
         let Some((scaler, rest)) = self.scaler.read(rest) else { return Ok(false) };
-        let Some(Prepared { optimizer, batch, row, .. }) = &self.prepared else { return Ok(false) };
-        let is_of_this_run = (*row..=*batch).contains(&way.capacity);
+        let Some(Prepared { optimizer, longest, .. }) = &self.prepared else { return Ok(false) };
+        let is_of_this_run = (longest.row..=longest.batch).contains(&way.capacity);
         if !is_of_this_run || !optimizer.accepts(rest) {
             return Ok(false);
         }

@@ -6,7 +6,7 @@ use serde_json::json;
 
 use super::tests::{checkpoints, params, rows};
 use super::*;
-use crate::learner::Learner;
+use crate::learner::{Learner, Longest};
 
 /// One number that moves by the rate, with gradients that overflow while the scale is above a limit.
 struct Narrow {
@@ -16,15 +16,21 @@ struct Narrow {
     zeroed: u64,
     /// Of a token; twice as many after a resume.
     seconds: f64,
+    prepared: Option<Longest>,
 }
 
 impl Narrow {
     fn new(limit: f32) -> Self {
-        Self { value: 0.0, scale: 64.0, limit, zeroed: 0, seconds: 0.5 }
+        Self { value: 0.0, scale: 64.0, limit, zeroed: 0, seconds: 0.5, prepared: None }
     }
 }
 
 impl Learner for Narrow {
+    fn prepare(&mut self, longest: Longest, _: &mut Reporter) -> Result<(), StageError> {
+        self.prepared = Some(longest);
+        Ok(())
+    }
+
     fn seconds_per_token(&self) -> Option<f64> {
         Some(self.seconds)
     }
@@ -79,6 +85,7 @@ fn steps_that_overflow_move_nothing_and_leave_the_schedule_where_it_is() {
     let trainer = Trainer::new(&params, &mut learner, &rows, None, &store);
     let whole = trainer.run(&mut Reporter::silent()).unwrap();
     assert_eq!(learner.zeroed, 3);
+    assert_eq!(learner.prepared, Some(Longest { batch: 12, row: 6, sequence: 6 }));
     let skipped: Vec<bool> = whole.log.iter().map(LogLine::is_skipped).collect();
     assert_eq!(skipped, [true, true, true, false, false, false, false, false]);
     let rates: Vec<f64> = whole.log.iter().map(|l| l.learning_rate).collect();

@@ -1,7 +1,20 @@
-//! Fast attention against its slow twin; needs a GPU.
+//! Fast attention against its slow twin, for which a GPU is needed.
 
 use super::*;
 use crate::device::Buffer;
+
+#[test]
+fn a_sequence_whose_scores_have_no_room_is_refused() {
+    // Of an H200, and of a T4.
+    for (available, limit) in [(232_448, 29_056), (65_536, 8192)] {
+        check_longest(limit, available, true, Dtype::F32).unwrap();
+        check_longest(2 * limit, available, false, Dtype::F32).unwrap();
+        check_longest(2 * limit + 1, available, false, Dtype::F32).unwrap_err();
+        let refused = check_longest(limit + 1, available, true, Dtype::F32).unwrap_err();
+        let says = format!("{} tokens where this GPU's attention serves {limit}", limit + 1);
+        assert!(refused.to_string().contains(&says), "{refused}");
+    }
+}
 
 /// The GPU, or nothing and a word about it.
 fn gpu(dtype: Dtype, head_dim: usize) -> Option<Device> {
