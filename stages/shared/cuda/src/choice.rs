@@ -33,6 +33,10 @@ pub fn open(
 ) -> Result<Option<Device>, StageError> {
     let (ordinal, insists) = match device {
         DeviceChoice::Cpu => return Ok(None),
+        DeviceChoice::Auto if model::hides_gpus() => {
+            reporter.log("CUDA_VISIBLE_DEVICES hides all GPUs: computing on the CPU");
+            return Ok(None);
+        }
         DeviceChoice::Auto => (0, false),
         // Any that is free is the only one that a stage sees.
         DeviceChoice::Cuda(ordinal) => (ordinal.unwrap_or(0), true),

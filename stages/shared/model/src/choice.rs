@@ -59,12 +59,15 @@ impl DeviceChoice {
 
 /// Whether the host shows a GPU. Looking opens no device.
 pub fn sees_gpu() -> bool {
-    let names = std::env::var("CUDA_VISIBLE_DEVICES").ok();
-    !hides_all(names.as_deref()) && Path::new("/dev/nvidiactl").exists()
+    !hides_gpus() && Path::new("/dev/nvidiactl").exists()
 }
 
-/// Whether `CUDA_VISIBLE_DEVICES` with these names hides every GPU: CUDA ignores what comes after a
-/// name that is none.
+/// Whether `CUDA_VISIBLE_DEVICES` hides every GPU.
+pub fn hides_gpus() -> bool {
+    hides_all(std::env::var("CUDA_VISIBLE_DEVICES").ok().as_deref())
+}
+
+/// CUDA ignores what comes after a name that is none.
 fn hides_all(names: Option<&str>) -> bool {
     let first = names.map(|names| names.split(',').next().unwrap_or_default().trim());
     matches!(first, Some("" | "-1"))

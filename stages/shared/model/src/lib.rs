@@ -25,7 +25,7 @@ mod svd;
 pub use checkpoint::ModelConfig;
 
 pub use adapter::{Adapter, DropoutKey, Factor, LoraConfig, PROJECTIONS};
-pub use choice::{DeviceChoice, DtypeChoice, sees_gpu};
+pub use choice::{DeviceChoice, DtypeChoice, hides_gpus, sees_gpu};
 pub use decoder::Model;
 pub use error::ModelError;
 pub use generate::{GenerateOptions, Generated};
