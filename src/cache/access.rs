@@ -11,7 +11,7 @@ use serde::Serialize;
 use super::survey::files_at;
 use super::{Cache, CacheError};
 
-/// Records that are looked at.
+/// Records that are looked at, and objects.
 const SAMPLE: usize = 200;
 /// Folders that everybody who uses a cache writes.
 const FOLDERS: [&str; 14] = [
@@ -83,7 +83,8 @@ impl Cache {
         Some(format!("{at} is {what}; `pipe doctor` says what its owner can do"))
     }
 
-    /// Folders that everybody writes, and a sample of records and leases, that keep users out.
+    /// Folders that everybody writes, leases, and a sample of records and objects, that keep users
+    /// out.
     ///
     /// # Errors
     /// [`CacheError`] where a folder cannot be listed for another reason.
@@ -101,25 +102,32 @@ impl Cache {
         };
         let mut folders: Vec<PathBuf> =
             FOLDERS.iter().map(|n| self.root.join(n).components().collect()).collect();
-        folders.extend(readable(files_at(&self.root.join("records-v1"), 1))?);
+        for folder in ["records-v1", "objects-v1"] {
+            folders.extend(readable(files_at(&self.root.join(folder), 1))?);
+        }
         for folder in folders.iter().filter(|path| path.is_dir()) {
             look(folder.clone(), 0o070, Access::READ_OK | Access::EXEC_OK);
         }
         let mut files = readable(files_at(&self.root.join("leases"), 1))?;
-        files.extend(self.sample()?);
+        files.extend(self.sample("records-v1")?);
+        files.extend(self.sample("objects-v1")?);
         for file in files {
             look(file, 0o040, Access::READ_OK);
         }
         Ok(found)
     }
 
-    fn sample(&self) -> Result<Vec<PathBuf>, CacheError> {
-        let mut records = Vec::new();
-        for kind in readable(files_at(&self.root.join("records-v1"), 1))? {
-            records.extend(readable(files_at(&kind, 1))?);
+    /// Some of the files in the folders of a folder.
+    fn sample(&self, folder: &str) -> Result<Vec<PathBuf>, CacheError> {
+        let mut files = Vec::new();
+        for below in readable(files_at(&self.root.join(folder), 1))? {
+            // What is no folder is found by `cache verify`.
+            if below.is_dir() {
+                files.extend(readable(files_at(&below, 1))?);
+            }
         }
-        let step = records.len().div_ceil(SAMPLE).max(1);
-        Ok(records.into_iter().step_by(step).collect())
+        let step = files.len().div_ceil(SAMPLE).max(1);
+        Ok(files.into_iter().step_by(step).collect())
     }
 }
 

@@ -115,6 +115,8 @@ impl Cache {
                 tracing::debug!(%error, path = %target.display(), "could not renew an object");
             }
         }
+        // Only now that the folder around it is the one that is made for a group, or is not.
+        durable::share(&target, 0o040);
         if let Ok(meta) = fs::metadata(&target) {
             self.index.remember(&target, &meta, digest, true);
         }

@@ -49,8 +49,11 @@ impl Scratch {
         let _ = fs::remove_dir_all(&self.all);
     }
 
-    /// Ends a failed attempt; its folder stays if it holds anything.
+    /// Ends a failed attempt; its folder stays if it holds anything, for whoever tries next.
     pub fn keep(self) {
+        for checkpoint in fs::read_dir(&self.own).into_iter().flatten().flatten() {
+            durable::share(&checkpoint.path(), 0o040);
+        }
         let _ = fs::remove_dir(&self.own);
         let _ = fs::remove_dir(&self.all);
     }

@@ -296,3 +296,16 @@ fn object_that_a_fetched_record_will_need_gets_young_also_where_it_is_another_s(
     fs::remove_file(&path).unwrap();
     assert!(cache.renew(digest).is_err());
 }
+
+#[test]
+fn checkpoints_of_a_failed_attempt_are_open_to_the_group_of_the_cache() {
+    let (_dir, cache) = cache();
+    fs::create_dir(&cache.root).unwrap();
+    fs::set_permissions(&cache.root, fs::Permissions::from_mode(0o2770)).unwrap();
+    let scratch = cache.scratch(Fingerprint([1; 32])).unwrap();
+    let half = scratch.own().join("half");
+    fs::write(&half, "half").unwrap();
+    fs::set_permissions(&half, fs::Permissions::from_mode(0o600)).unwrap();
+    scratch.keep();
+    assert_eq!(fs::metadata(&half).unwrap().permissions().mode() & 0o777, 0o640);
+}

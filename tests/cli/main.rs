@@ -19,6 +19,7 @@ mod failures;
 mod filled;
 mod full_disk;
 mod gpus;
+mod group;
 #[cfg(feature = "remote")]
 mod http;
 mod inputs;
