@@ -43,6 +43,7 @@ pub use survey::{Damage, Held, Kept, Unreadable, Verified};
 
 pub(crate) use durable::{is_left_open, unique_name, unix_seconds};
 pub(crate) use lease::this_process;
+pub(crate) use materialise::LaidOut;
 pub(crate) use object::Unsound;
 #[cfg(feature = "remote")]
 pub(crate) use transfer::{Batch, Partial};

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use crate::cache::{Cache, CacheError, TreeEntry};
+use crate::cache::{Cache, CacheError, LaidOut, TreeEntry};
 use crate::digest::Digest;
 use crate::fingerprint::canonical;
 use crate::pipeline::{Gathered, point_label};
@@ -52,25 +52,28 @@ pub fn digest(gathered: &Gathered, records: &Records) -> Result<Digest, String> 
     Ok(digest)
 }
 
-/// Makes the folder at `to`.
+/// Makes the folder at `to`; what it holds, by the stages that made it.
 ///
 /// # Errors
 /// [`CacheError`] where an object is missing or the disk refuses.
-pub fn materialise(
-    gathered: &Gathered,
+pub(crate) fn materialise<'a>(
+    gathered: &'a Gathered,
     records: &Records,
     cache: &Cache,
     to: &Path,
-) -> Result<(), CacheError> {
+) -> Result<Vec<(&'a str, Vec<LaidOut>)>, CacheError> {
     let entries = entries(gathered, records).map_err(|missing| {
         CacheError::Damaged(format!("stage `{missing}` has no output `{}`", gathered.output))
     })?;
-    for entry in &entries {
-        cache.materialise(entry.output, &to.join(entry.path()))?;
+    let mut laid_out = Vec::with_capacity(entries.len());
+    for (entry, member) in entries.iter().zip(gathered.members.iter()) {
+        let files = cache.materialise(entry.output, &to.join(entry.path()))?;
+        laid_out.push((member.stage.as_str(), files));
     }
     let index: Value = entries.iter().map(Entry::listed).collect();
     let text = serde_json::to_vec_pretty(&index).unwrap_or_default();
-    cache.write_working_file(&to.join(INDEX), &text)
+    cache.write_working_file(&to.join(INDEX), &text)?;
+    Ok(laid_out)
 }
 
 /// The files of the folder, as far as explanations need them: a point's folder whose listing is

@@ -16,8 +16,7 @@ use crate::cache::{
     Acquired, CacheError, Lease, Scratch, WorkDir, differing_artifacts, is_left_open, unix_seconds,
 };
 use crate::fingerprint::Identity;
-use crate::gather;
-use crate::pipeline::{InputRef, Stage};
+use crate::pipeline::Stage;
 use crate::plan::{Planner, Records};
 use crate::process::StageProcess;
 use crate::record::{OutputRecord, Record};
@@ -208,7 +207,8 @@ fn attempt(
     gpus: Option<&str>,
 ) -> Result<(Record, Identity), StageError> {
     let work = planner.cache.work_dir()?;
-    let request = request(planner, job, &work, scratch)?;
+    let inputs = inputs::lay_out(planner, job, &work)?;
+    let request = request(planner, job, &inputs, &work, scratch)?;
     let request_path = work.path().join("request.json");
     let text = serde_json::to_vec_pretty(&request).map_err(StageError::internal)?;
     fs::write(&request_path, text).map_err(|e| StageError::io("write", &request_path, &e))?;
@@ -230,7 +230,7 @@ fn attempt(
     })?;
     let seconds = clock.elapsed().as_secs_f64();
 
-    inputs::check_unchanged(planner, job)?;
+    inputs::check_unchanged(planner, job, &inputs)?;
     inputs::keep_listings(planner, job);
     let outputs = store(planner, job, &request, &work)?;
     let mut identity = job.identity.clone();
@@ -259,31 +259,11 @@ fn attempt(
 fn request(
     planner: Planner<'_>,
     job: &Job<'_>,
+    inputs: &inputs::Inputs<'_>,
     work: &WorkDir,
     scratch: &Scratch,
 ) -> Result<Request, StageError> {
     let stage = job.stage;
-    let mut inputs = BTreeMap::new();
-    for (name, input) in &stage.inputs {
-        match &input.from {
-            InputRef::Local(path) => {
-                inputs.insert(name.clone(), planner.pipeline.dir.join(path));
-            }
-            InputRef::Gathered(gathered) => {
-                let to = work.path().join("in").join(name);
-                gather::materialise(gathered, &job.records, planner.cache, &to)?;
-                inputs.insert(name.clone(), to);
-            }
-            InputRef::Output { stage: from, output } => {
-                let Some(made) = job.records.get(from).and_then(|r| r.outputs.get(output)) else {
-                    continue;
-                };
-                let to = work.path().join("in").join(name).join(&made.file_name);
-                planner.cache.materialise(made, &to)?;
-                inputs.insert(name.clone(), to);
-            }
-        }
-    }
     let mut outputs = BTreeMap::new();
     for spec in &stage.signature.outputs {
         let dir = work.path().join("out").join(&spec.name);
@@ -295,7 +275,7 @@ fn request(
         stage: stage.name.clone(),
         kind: stage.kind.clone(),
         params: stage.signature.params.clone(),
-        inputs,
+        inputs: inputs.paths.clone(),
         outputs,
         scratch: scratch.own().to_owned(),
         earlier_scratch: scratch.earlier().to_owned(),

@@ -32,6 +32,7 @@ mod profiles;
 mod programs;
 #[cfg(feature = "stages")]
 mod quickstart;
+mod readers;
 #[cfg(feature = "remote")]
 mod remote;
 mod requirements;
