@@ -118,7 +118,8 @@ pub fn run(
         stopped: BTreeMap::new(),
         summary: RunSummary::default(),
         saved: 0.0,
-        cut_off: 0,
+        fetched: BTreeSet::new(),
+        cut_off: BTreeSet::new(),
         took: BTreeMap::new(),
         again: BTreeSet::new(),
         interrupted_at: None,
@@ -186,8 +187,10 @@ struct Run<'a> {
     stopped: BTreeMap<String, String>,
     summary: RunSummary,
     saved: f64,
+    /// Stages reused that came from the remote.
+    fetched: BTreeSet<String>,
     /// Stages reused although stages that feed them ran.
-    cut_off: usize,
+    cut_off: BTreeSet<String>,
     /// Seconds of the stages that ran.
     took: BTreeMap<String, f64>,
     /// Stages that ran or run again because what they had made was lost.
@@ -210,7 +213,7 @@ impl<'a> Run<'a> {
             skipped,
             seconds: started.elapsed().as_secs_f64(),
             saved_seconds: self.saved,
-            cut_off: self.cut_off,
+            cut_off: self.cut_off.len(),
             critical_path: critical_path::of(self.planner, &self.took),
         }
     }
@@ -364,7 +367,9 @@ impl<'a> Run<'a> {
             let ran = stage.needs().filter(|name| self.took.contains_key(*name));
             cut_off_by.extend(ran.map(str::to_owned));
         }
-        self.cut_off += usize::from(!cut_off_by.is_empty());
+        if !cut_off_by.is_empty() {
+            self.cut_off.insert(stage.name.clone());
+        }
         (self.sink)(Event::StageReused {
             stage: stage.name.clone(),
             fingerprint: record.fingerprint,

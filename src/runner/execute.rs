@@ -1,6 +1,6 @@
 //! One execution of one stage: lease, inputs, process, outputs, record.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -46,8 +46,9 @@ pub(super) enum Made {
     Fetched(Arc<Record>),
     /// Nowhere: the remote has none, and nothing is to be run.
     Nowhere(String),
-    /// Nowhere: what these stages made is not in the cache any more, and it is an input.
-    Lost(BTreeSet<String>),
+    /// Nowhere: what these stages made is not in the cache any more, and it is an input. The
+    /// records are those that it was made by.
+    Lost(BTreeMap<String, Arc<Record>>),
     /// This execution made them.
     Here {
         record: Arc<Record>,

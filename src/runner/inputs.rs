@@ -4,8 +4,9 @@
 //! Inputs are hard links to objects, and some users may write to anything: what was decided on is
 //! only used where it is still the same. Files that look unchanged are not read again.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use contract::StageError;
 
@@ -14,7 +15,7 @@ use crate::cache::{CacheError, LaidOut, Unsound, WorkDir};
 use crate::gather;
 use crate::pipeline::InputRef;
 use crate::plan::Planner;
-use crate::record::OutputRecord;
+use crate::record::{OutputRecord, Record};
 
 /// An artifact of another stage that a stage reads.
 struct Artifact<'a> {
@@ -43,11 +44,16 @@ fn artifacts<'a>(job: &'a Job<'_>) -> Vec<Artifact<'a>> {
 
 /// The stages whose artifacts were lost or damaged since they were made or decided on; what is
 /// left of these is in the quarantine now.
-pub(super) fn lost(planner: Planner<'_>, job: &Job<'_>) -> Result<BTreeSet<String>, StageError> {
-    let mut lost = BTreeSet::new();
+pub(super) fn lost(
+    planner: Planner<'_>,
+    job: &Job<'_>,
+) -> Result<BTreeMap<String, Arc<Record>>, StageError> {
+    let mut lost = BTreeMap::new();
     for artifact in artifacts(job) {
-        if fault(planner, &artifact)?.is_some() {
-            lost.insert(artifact.stage.to_owned());
+        if fault(planner, &artifact)?.is_some()
+            && let Some(record) = job.records.get(artifact.stage)
+        {
+            lost.insert(artifact.stage.to_owned(), Arc::clone(record));
         }
     }
     Ok(lost)

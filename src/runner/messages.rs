@@ -1,6 +1,6 @@
 //! What stages say while they run and become when they end, and the interrupt that stops them.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
@@ -12,6 +12,7 @@ use super::{GRACE, Message, Run, RunError, TAIL, shared};
 use crate::event::Event;
 use crate::lockfile::Lockfile;
 use crate::process::Stopper;
+use crate::record::Record;
 
 impl Run<'_> {
     pub(super) fn handle(&mut self, message: Message, lock: &mut Lockfile) -> Result<(), RunError> {
@@ -51,6 +52,7 @@ impl Run<'_> {
             Ok(Made::ByOther(record)) => self.reuse(stage, record),
             Ok(Made::Fetched(record)) => {
                 self.summary.fetched += 1;
+                self.fetched.insert(name.to_owned());
                 self.reuse(stage, record);
             }
             Ok(Made::Nowhere(why)) => {
@@ -98,26 +100,38 @@ impl Run<'_> {
     fn make_again(
         &mut self,
         name: &str,
-        makers: BTreeSet<String>,
+        makers: BTreeMap<String, Arc<Record>>,
         log: Option<std::path::PathBuf>,
     ) {
-        if let Some(maker) = makers.iter().find(|maker| self.again.contains(*maker)) {
+        // Another stage that reads it may have said so before, and been heard.
+        let is_known = |(maker, record): &(String, Arc<Record>)| {
+            self.records.get(maker).is_some_and(|now| Arc::ptr_eq(now, record))
+        };
+        let lost: BTreeSet<String> = makers.into_iter().filter(is_known).map(|(m, _)| m).collect();
+        if let Some(maker) = lost.iter().find(|maker| self.again.contains(*maker)) {
             let message = format!("what `{maker}` made was lost twice in this run");
             let help = "something changes or removes objects of the cache; stop it and run again";
             self.fail(name, StageError::input(message).help(help), log);
             return;
         }
-        for maker in &makers {
-            let Some(record) = self.records.remove(maker) else { continue };
-            if self.took.remove(maker).is_some() {
-                self.summary.ran -= 1;
-            } else {
-                self.summary.reused -= 1;
-                self.saved -= record.seconds;
-            }
+        for maker in &lost {
+            self.take_back(maker);
         }
-        self.open.splice(0..0, makers.iter().cloned().chain([name.to_owned()]));
-        self.again.extend(makers);
+        self.open.splice(0..0, lost.iter().cloned().chain([name.to_owned()]));
+        self.again.extend(lost);
+    }
+
+    /// A stage that ran or was reused counts as neither until it is decided on again.
+    fn take_back(&mut self, name: &str) {
+        let Some(record) = self.records.remove(name) else { return };
+        if self.took.remove(name).is_some() {
+            self.summary.ran -= 1;
+            return;
+        }
+        self.summary.reused -= 1;
+        self.saved -= record.seconds;
+        self.summary.fetched -= usize::from(self.fetched.remove(name));
+        self.cut_off.remove(name);
     }
 
     pub(super) fn fail(&mut self, name: &str, error: StageError, log: Option<std::path::PathBuf>) {

@@ -24,6 +24,7 @@ mod group;
 mod http;
 mod inputs;
 mod logging;
+mod lost;
 mod outputs;
 #[cfg(feature = "stages")]
 mod plannable;
