@@ -40,7 +40,6 @@ use crate::lockfile::{LockError, Lockfile};
 use crate::pipeline::{Kinds, Overrides, Pipeline, PipelineError};
 use crate::plan::{PlanError, PlanOptions, Planner};
 use crate::remote::RemoteError;
-use crate::runner::RunError;
 use crate::{display, exit_code, process};
 
 /// Default name of the pipeline file.
@@ -198,15 +197,6 @@ impl From<PlanError> for CommandError {
             PlanError::Pipeline(error) => Self::Pipeline(error),
             PlanError::Cache(error) => Self::Cache(error),
             PlanError::NotCached { stage } => Self::NotCached { stage },
-        }
-    }
-}
-
-impl From<RunError> for CommandError {
-    fn from(error: RunError) -> Self {
-        match error {
-            RunError::Plan(error) => error.into(),
-            RunError::Lock(error) => error.into(),
         }
     }
 }

@@ -9,6 +9,7 @@ mod inputs;
 mod messages;
 mod shared;
 mod slots;
+mod start;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::AtomicUsize;
@@ -21,9 +22,9 @@ use contract::{Progress, StageError};
 use crate::cache::InUse;
 use crate::digest::Fingerprint;
 use crate::event::Event;
-use crate::lockfile::{LockError, Lockfile};
+use crate::lockfile::Lockfile;
 use crate::pipeline::Stage;
-use crate::plan::{Decision, PlanError, Planner, Records};
+use crate::plan::{PlanError, Planner, Records};
 use crate::process::Stopper;
 use crate::record::Record;
 use crate::remote::Remote;
@@ -71,17 +72,6 @@ pub struct RunSummary {
     pub interrupted: bool,
 }
 
-/// A run cannot go on.
-#[derive(Debug, thiserror::Error)]
-pub enum RunError {
-    /// A decision cannot be made.
-    #[error(transparent)]
-    Plan(#[from] PlanError),
-    /// The lock file cannot be written.
-    #[error(transparent)]
-    Lock(#[from] LockError),
-}
-
 /// What workers tell the loop.
 enum Message {
     Waiting { stage: String, holder: String },
@@ -94,14 +84,15 @@ enum Message {
 /// Runs the selected stages and everything upstream of them that is not cached.
 ///
 /// # Errors
-/// [`RunError`] where no decision can be made; stages that were running are finished first.
+/// [`PlanError`] where a stage cannot be decided on before any was started. Once something runs,
+/// that is a failure of the stage like any other.
 pub fn run(
     planner: Planner<'_>,
     lock: &mut Lockfile,
     selection: &[String],
     options: &RunOptions,
     sink: &mut dyn FnMut(Event),
-) -> Result<RunSummary, RunError> {
+) -> Result<RunSummary, PlanError> {
     let started = Instant::now();
     let order = planner.graph.with_upstream(selection);
     sink(Event::RunStarted { stages: order.clone() });
@@ -122,6 +113,7 @@ pub fn run(
         cut_off: BTreeSet::new(),
         took: BTreeMap::new(),
         again: BTreeSet::new(),
+        begun: false,
         interrupted_at: None,
         killed: false,
         offers: None,
@@ -146,9 +138,6 @@ pub fn run(
                 let _ = sender.send(Message::Ended { stage, result });
             });
         });
-        if result.is_err() {
-            run.stop_all(Stopper::terminate);
-        }
         run.offers = None;
         if let Some(uploading) = uploading {
             run.relay_until(&receiver, &|| uploading.is_finished());
@@ -195,6 +184,8 @@ struct Run<'a> {
     took: BTreeMap<String, f64>,
     /// Stages that ran or run again because what they had made was lost.
     again: BTreeSet<String>,
+    /// A stage was started.
+    begun: bool,
     interrupted_at: Option<Instant>,
     killed: bool,
     /// Takes what is to be uploaded.
@@ -223,7 +214,7 @@ impl<'a> Run<'a> {
         lock: &mut Lockfile,
         receiver: &Receiver<Message>,
         spawn: &dyn Fn(Job<'a>),
-    ) -> Result<(), RunError> {
+    ) -> Result<(), PlanError> {
         loop {
             self.start_ready(lock, spawn)?;
             if self.running.is_empty() {
@@ -231,7 +222,7 @@ impl<'a> Run<'a> {
                 return Ok(());
             }
             match receiver.recv_timeout(TICK) {
-                Ok(message) => self.handle(message, lock)?,
+                Ok(message) => self.handle(message, lock),
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => return Ok(()),
             }
@@ -260,100 +251,6 @@ impl<'a> Run<'a> {
             self.look_for_interrupt();
             std::thread::sleep(TICK);
         }
-    }
-
-    fn start_ready(&mut self, lock: &Lockfile, spawn: &dyn Fn(Job<'a>)) -> Result<(), RunError> {
-        loop {
-            let before = self.open.len();
-            for name in std::mem::take(&mut self.open) {
-                if !self.try_start(&name, lock, spawn)? {
-                    self.open.push(name);
-                }
-            }
-            if self.open.len() == before {
-                return Ok(());
-            }
-        }
-    }
-
-    /// Whether stages of this run that go on leave too little of what a stage asks for: as many GPUs
-    /// as there are, and one of everything else.
-    fn is_busy(&self, asked: &BTreeMap<String, u32>) -> bool {
-        let running = || self.running.values().map(|running| &running.resources);
-        let gpus = slots::Wanted::of(asked).count();
-        let held: usize = running().map(|held| slots::Wanted::of(held).count()).sum();
-        let no_gpu = gpus > 0 && held > 0 && held + gpus > slots::gpus().len();
-        let others = asked.keys().filter(|name| *name != "gpu");
-        no_gpu || others.clone().any(|name| running().any(|held| held.contains_key(name)))
-    }
-
-    /// Whether the stage is off the list: reused, started or skipped.
-    fn try_start(
-        &mut self,
-        name: &str,
-        lock: &Lockfile,
-        spawn: &dyn Fn(Job<'a>),
-    ) -> Result<bool, RunError> {
-        let pipeline = self.planner.pipeline;
-        let Some(stage) = pipeline.stage(name) else { return Ok(true) };
-        let waits_for = self.planner.waits_for(stage, &self.records);
-        if let Some(cause) = waits_for.iter().find_map(|n| self.stopped.get(n)).cloned() {
-            self.skip(name, cause);
-            return Ok(true);
-        }
-        if !waits_for.is_empty() {
-            return Ok(false);
-        }
-        let stopping =
-            self.interrupted_at.is_some() || (!self.stopped.is_empty() && !self.options.keep_going);
-        let busy = !self.options.fetch_only && self.is_busy(&stage.signature.resources);
-        if stopping || busy || self.running.len() >= self.options.jobs {
-            // A full house must not keep cached stages from being seen as such; they cost nothing
-            // and are decided when a place is free.
-            return Ok(false);
-        }
-        let mut decided = self.planner.decide(stage, &self.records, lock)?;
-        if let Decision::Reuse { record } = &decided.decision
-            && !self.planner.cache.keep(record)
-        {
-            // Collected this very moment.
-            decided = self.planner.decide(stage, &self.records, lock)?;
-        }
-        let reasons = match decided.decision {
-            Decision::Reuse { record } => {
-                self.reuse(stage, record);
-                return Ok(true);
-            }
-            Decision::Run { reasons } => reasons.iter().map(ToString::to_string).collect(),
-            Decision::Maybe { .. } => return Ok(false),
-        };
-        let run = crate::cache::unique_name();
-        let log = match self.planner.cache.create_log(&run, name) {
-            Ok(log) => log,
-            Err(error) => {
-                let mut failed = StageError::new(contract::Fault::Io, error.to_string());
-                failed.help = error.help();
-                self.fail(name, failed, None);
-                return Ok(true);
-            }
-        };
-        let resources = stage.signature.resources.clone();
-        let fingerprint = decided.fingerprint;
-        self.running.insert(
-            name.to_owned(),
-            Running { stopper: None, resources, log: log.clone(), fingerprint, reasons },
-        );
-        let forced = self.planner.options.force.contains(name);
-        spawn(Job {
-            stage,
-            identity: decided.identity,
-            records: self.records.of(self.planner.needed(stage).iter().map(String::as_str)),
-            log,
-            forced,
-            remote: self.options.read.clone(),
-            fetch_only: self.options.fetch_only,
-        });
-        Ok(true)
     }
 
     fn reuse(&mut self, stage: &Stage, record: Arc<Record>) {

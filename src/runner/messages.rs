@@ -8,14 +8,15 @@ use std::time::Instant;
 use contract::StageError;
 
 use super::execute::Made;
-use super::{GRACE, Message, Run, RunError, TAIL, shared};
+use super::{GRACE, Message, Run, TAIL, shared};
 use crate::event::Event;
 use crate::lockfile::Lockfile;
+use crate::pipeline::Stage;
 use crate::process::Stopper;
 use crate::record::Record;
 
 impl Run<'_> {
-    pub(super) fn handle(&mut self, message: Message, lock: &mut Lockfile) -> Result<(), RunError> {
+    pub(super) fn handle(&mut self, message: Message, lock: &mut Lockfile) {
         match message {
             Message::Waiting { stage, holder } => {
                 (self.sink)(Event::StageWaiting { stage, holder });
@@ -35,19 +36,13 @@ impl Run<'_> {
                 (self.sink)(Event::StageProgress { stage, progress });
             }
             Message::Event(event) => (self.sink)(event),
-            Message::Ended { stage, result } => self.ended(&stage, result, lock)?,
+            Message::Ended { stage, result } => self.ended(&stage, result, lock),
         }
-        Ok(())
     }
 
-    fn ended(
-        &mut self,
-        name: &str,
-        result: Result<Made, StageError>,
-        lock: &mut Lockfile,
-    ) -> Result<(), RunError> {
+    fn ended(&mut self, name: &str, result: Result<Made, StageError>, lock: &mut Lockfile) {
         let log = self.running.remove(name).map(|r| r.log);
-        let Some(stage) = self.planner.pipeline.stage(name) else { return Ok(()) };
+        let Some(stage) = self.planner.pipeline.stage(name) else { return };
         match result {
             Ok(Made::ByOther(record)) => self.reuse(stage, record),
             Ok(Made::Fetched(record)) => {
@@ -62,29 +57,19 @@ impl Run<'_> {
             }
             Ok(Made::Lost(makers)) => self.make_again(name, makers, log),
             Ok(Made::Here { record, unchanged }) => {
-                if let (Some(key), Some(value)) = (&stage.signature.lock_key, &record.lock) {
-                    lock.set(key, value.clone())?;
+                let pinned = match (&stage.signature.lock_key, &record.lock) {
+                    (Some(key), Some(value)) => lock.set(key, value.clone()),
+                    _ => Ok(()),
+                };
+                match pinned {
+                    Ok(()) => self.made(stage, record, unchanged, log),
+                    Err(error) => {
+                        let failed = StageError::new(contract::Fault::Io, error.to_string());
+                        let help = "what it made is in the cache; make that file writable, and \
+                                    run again to pin where it came from";
+                        self.fail(name, failed.help(help), log);
+                    }
                 }
-                let pipeline = &self.planner.pipeline.name;
-                self.planner.cache.set_last(pipeline, name, &stage.kind, record.fingerprint);
-                self.in_use.add(record.fingerprint);
-                self.summary.ran += 1;
-                self.took.insert(name.to_owned(), record.seconds);
-                if let Some(log) = &log {
-                    self.planner.cache.keep_log(record.fingerprint, log);
-                }
-                (self.sink)(Event::StageFinished {
-                    stage: name.to_owned(),
-                    fingerprint: record.fingerprint,
-                    seconds: record.seconds,
-                    unchanged,
-                    warnings: record.warnings.clone(),
-                });
-                if let Some(offers) = &self.offers {
-                    let record = Arc::clone(&record);
-                    let _ = offers.send(shared::Offer { stage: name.to_owned(), record });
-                }
-                self.records.insert(name.to_owned(), record);
             }
             // Stages that the user stopped did not fail.
             Err(_) if self.interrupted_at.is_some() => {
@@ -93,7 +78,36 @@ impl Run<'_> {
             }
             Err(error) => self.fail(name, error, log),
         }
-        Ok(())
+    }
+
+    /// An execution is published.
+    fn made(
+        &mut self,
+        stage: &Stage,
+        record: Arc<Record>,
+        unchanged: bool,
+        log: Option<std::path::PathBuf>,
+    ) {
+        let (name, pipeline) = (&stage.name, &self.planner.pipeline.name);
+        self.planner.cache.set_last(pipeline, name, &stage.kind, record.fingerprint);
+        self.in_use.add(record.fingerprint);
+        self.summary.ran += 1;
+        self.took.insert(name.to_owned(), record.seconds);
+        if let Some(log) = &log {
+            self.planner.cache.keep_log(record.fingerprint, log);
+        }
+        (self.sink)(Event::StageFinished {
+            stage: name.to_owned(),
+            fingerprint: record.fingerprint,
+            seconds: record.seconds,
+            unchanged,
+            warnings: record.warnings.clone(),
+        });
+        if let Some(offers) = &self.offers {
+            let record = Arc::clone(&record);
+            let _ = offers.send(shared::Offer { stage: name.to_owned(), record });
+        }
+        self.records.insert(name.to_owned(), record);
     }
 
     /// What a stage was to read is lost: its makers are decided on again, and then the stage is.

@@ -18,6 +18,7 @@ mod failures;
 #[cfg(feature = "stages")]
 mod filled;
 mod full_disk;
+mod going_on;
 mod gpus;
 mod group;
 #[cfg(feature = "remote")]
