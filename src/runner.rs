@@ -70,15 +70,18 @@ pub struct RunSummary {
     pub skipped: usize,
     /// The user interrupted it.
     pub interrupted: bool,
+    /// A defect of `pipe` ended a stage; Rust's own hook has said where.
+    pub defect: bool,
 }
 
-/// What workers tell the loop.
+/// What workers tell the loop; a panic is a defect of `pipe`.
 enum Message {
     Waiting { stage: String, holder: String },
     Started { stage: String, stopper: Stopper },
     Progress { stage: String, progress: Progress },
     Event(Event),
     Ended { stage: String, result: Result<Made, StageError> },
+    Panicked { stage: String, what: String },
 }
 
 /// Runs the selected stages and everything upstream of them that is not cached.
@@ -134,8 +137,8 @@ pub fn run(
             let interrupts = Arc::clone(&options.interrupts);
             scope.spawn(move || {
                 let stage = job.stage.name.clone();
-                let result = execute::execute(planner, &job, &sender, &interrupts);
-                let _ = sender.send(Message::Ended { stage, result });
+                let work = || execute::execute(planner, &job, &sender, &interrupts);
+                let _ = sender.send(messages::of_end(stage, work));
             });
         });
         run.offers = None;

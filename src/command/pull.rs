@@ -1,7 +1,7 @@
 //! `pipe pull`.
 
 use super::{CommandError, Context, cache, remote, run};
-use crate::display::{Mode, RunDisplay};
+use crate::display::{self, Mode, RunDisplay};
 use crate::event::Event;
 use crate::exit_code;
 use crate::plan::PlanOptions;
@@ -45,6 +45,10 @@ pub(super) fn run(context: &Context<'_>, args: &Args) -> Result<u8, CommandError
         cache::collect_after_run(&project.cache, cap);
     }
     Ok(match summary {
+        summary if summary.defect => {
+            display::defect();
+            exit_code::BUG
+        }
         summary if summary.interrupted => exit_code::INTERRUPTED,
         summary if summary.failed > 0 => exit_code::CACHE,
         _ if lacking => exit_code::REMOTE,

@@ -104,6 +104,10 @@ pub(super) fn execute(
         cache::collect_after_run(&project.cache, cap);
     }
     Ok(match summary {
+        summary if summary.defect => {
+            display::defect();
+            exit_code::BUG
+        }
         summary if summary.interrupted => exit_code::INTERRUPTED,
         summary if summary.failed > 0 => exit_code::STAGE_FAILED,
         _ => exit_code::OK,

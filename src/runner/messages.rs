@@ -1,6 +1,7 @@
 //! What stages say while they run and become when they end, and the interrupt that stops them.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
@@ -14,6 +15,18 @@ use crate::lockfile::Lockfile;
 use crate::pipeline::Stage;
 use crate::process::Stopper;
 use crate::record::Record;
+
+/// The last word of a worker. One that panicked has one too: the loop would wait for it for ever.
+pub(super) fn of_end(stage: String, work: impl FnOnce() -> Result<Made, StageError>) -> Message {
+    match catch_unwind(AssertUnwindSafe(work)) {
+        Ok(result) => Message::Ended { stage, result },
+        Err(panic) => {
+            let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
+            let text = text.or_else(|| panic.downcast_ref::<String>().cloned());
+            Message::Panicked { stage, what: text.unwrap_or_else(|| "it panicked".to_owned()) }
+        }
+    }
+}
 
 impl Run<'_> {
     pub(super) fn handle(&mut self, message: Message, lock: &mut Lockfile) {
@@ -37,6 +50,12 @@ impl Run<'_> {
             }
             Message::Event(event) => (self.sink)(event),
             Message::Ended { stage, result } => self.ended(&stage, result, lock),
+            Message::Panicked { stage, what } => {
+                self.summary.defect = true;
+                let log = self.running.remove(&stage).map(|r| r.log);
+                let error = StageError::internal(format!("a defect of pipe: {what}"));
+                self.fail(&stage, error.help("the lines above say where; please report them"), log);
+            }
         }
     }
 
@@ -185,5 +204,26 @@ impl Run<'_> {
 
     pub(super) fn stop_all(&self, how: impl Fn(Stopper)) {
         self.running.values().filter_map(|r| r.stopper).for_each(how);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn worker_that_panics_says_so_instead_of_nothing() {
+        for (work, said) in [
+            ((|| panic!("a {}", "defect")) as fn() -> Result<Made, StageError>, "a defect"),
+            (|| panic!("plain"), "plain"),
+            (|| std::panic::panic_any(7), "it panicked"),
+        ] {
+            let Message::Panicked { stage, what } = of_end("s".to_owned(), work) else {
+                panic!("no word of it")
+            };
+            assert_eq!((stage.as_str(), what.as_str()), ("s", said));
+        }
+        let nowhere = of_end("s".to_owned(), || Ok(Made::Nowhere(String::new())));
+        assert!(matches!(nowhere, Message::Ended { result: Ok(Made::Nowhere(_)), .. }));
     }
 }
