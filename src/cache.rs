@@ -132,9 +132,9 @@ impl CacheError {
             }
             io::ErrorKind::PermissionDenied if let Some((at, what)) = access::closed(path) => {
                 Some(format!(
-                    "{} is {what}: its owner can {}; `pipe doctor` lists what is closed",
+                    "{} is {what}: its owner can open it to the group; `pipe doctor` lists what is \
+                     closed, and says how",
                     at.display(),
-                    access::SHARING
                 ))
             }
             io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => Some(

@@ -30,10 +30,6 @@ const FOLDERS: [&str; 14] = [
     "pins",
     "quarantine",
 ];
-/// What owners can do so that it does not happen again.
-pub(super) const SHARING: &str = "make the cache's folders setgid and writable for the group \
-                                  (`chmod -R g+rwX`, then `chmod g+s` on every folder)";
-
 /// Something in a cache that keeps users out who share it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Closed {

@@ -80,9 +80,11 @@ fn sharing(cache: &Cache, closed: &[Closed]) -> Check {
         found.push_str(&format!(", and so do {} more that were looked at", closed.len() - 1));
     }
     let root = cache.root().display();
+    // Never `g+w` for objects: the inputs of stages are hard links to them.
     let help = format!(
-        "the owner can run `chmod -R g+rwX {root}`; `find {root} -type d -exec chmod g+s {{}} +` \
-         makes what comes later open to the group, whatever the umask"
+        "the owners can run `chmod -R g+rX {root}; find {root} -type d -exec chmod g+rwxs {{}} +; \
+         chmod -R g+rw {root}/records-v1 {root}/leases`: what comes later is open to the group \
+         then, whatever the umask"
     );
     Check::warn(SHARING, found, help)
 }

@@ -3,6 +3,7 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
+use std::process::Command;
 
 use crate::space::{Ran, Space, ran, through};
 
@@ -59,4 +60,21 @@ fn doctor_finds_an_object_that_is_closed_to_the_group() {
     set_mode(&space.objects()[0], 0o400);
     let found = doctor(&space).out;
     assert!(found.contains("mode 0400 and keeps its group out"), "{found}");
+}
+
+#[test]
+fn what_doctor_says_opens_a_cache_to_the_group_and_leaves_its_objects_read_only() {
+    let space = filled(0o770);
+    set_mode(&space.cache(), 0o2770);
+    let checks = space.pipe(&["doctor", "--json"]).code(0).out;
+    let checks: Vec<serde_json::Value> = serde_json::from_str(&checks).unwrap();
+    let check = checks.iter().find(|check| check["name"] == "sharing").unwrap();
+    let commands = check["help"].as_str().unwrap().split('`').nth(1).unwrap();
+    assert!(commands.starts_with("chmod"), "{commands}");
+    fs::create_dir_all(space.cache().join("leases")).unwrap();
+    assert!(Command::new("sh").args(["-c", commands]).status().unwrap().success());
+    for object in space.objects() {
+        assert_eq!(mode(&object), 0o440, "{}", object.display());
+    }
+    assert!(doctor(&space).out.contains("nothing that was looked at keeps anybody"));
 }
