@@ -9,9 +9,9 @@ use rustix::fs::{Access, access};
 use serde::Serialize;
 
 use super::survey::files_at;
-use super::{Cache, CacheError};
+use super::{Cache, CacheError, durable};
 
-/// Records that are looked at, and objects.
+/// Files that are looked at, of records and of objects each.
 const SAMPLE: usize = 200;
 /// Folders that everybody who uses a cache writes.
 const FOLDERS: [&str; 14] = [
@@ -66,6 +66,12 @@ pub(super) fn closed(path: &Path) -> Option<(PathBuf, String)> {
     path.ancestors().find_map(|at| Some((at.to_owned(), owner(&fs::symlink_metadata(at).ok()?))))
 }
 
+/// Reads a file of others; one that this user may not read is counted.
+pub(super) fn read_or_count(path: &Path, hidden: &mut usize) -> Option<Vec<u8>> {
+    let denied = |e: &io::Error| e.kind() == io::ErrorKind::PermissionDenied;
+    durable::read(path).inspect_err(|e| *hidden += usize::from(denied(e))).ok()
+}
+
 impl Cache {
     /// Why a record that may be there cannot be read by this user, for people.
     pub(crate) fn unreadable(
@@ -79,8 +85,8 @@ impl Cache {
         Some(format!("{at} is {what}; `pipe doctor` says what its owner can do"))
     }
 
-    /// Folders that everybody writes, leases, and a sample of records and objects, that keep users
-    /// out.
+    /// Folders that everybody writes, leases, and samples of records, objects and what says which of
+    /// them are in use, that keep users out.
     ///
     /// # Errors
     /// [`CacheError`] where a folder cannot be listed for another reason.
@@ -105,22 +111,26 @@ impl Cache {
             look(folder.clone(), 0o070, Access::READ_OK | Access::EXEC_OK);
         }
         let mut files = readable(files_at(&self.root.join("leases"), 1))?;
-        files.extend(self.sample("records-v1")?);
-        files.extend(self.sample("objects-v1")?);
+        for (folder, depth) in
+            [("running", 1), ("roots", 1), ("last", 3), ("records-v1", 2), ("objects-v1", 2)]
+        {
+            files.extend(self.sample(folder, depth)?);
+        }
         for file in files {
             look(file, 0o040, Access::READ_OK);
         }
         Ok(found)
     }
 
-    /// Some of the files in the folders of a folder.
-    fn sample(&self, folder: &str) -> Result<Vec<PathBuf>, CacheError> {
-        let mut files = Vec::new();
-        for below in readable(files_at(&self.root.join(folder), 1))? {
-            // What is no folder is found by `cache verify`.
-            if below.is_dir() {
-                files.extend(readable(files_at(&below, 1))?);
+    /// Some of the files so deep below a folder.
+    fn sample(&self, folder: &str, depth: usize) -> Result<Vec<PathBuf>, CacheError> {
+        let mut files = vec![self.root.join(folder)];
+        for _ in 0..depth {
+            let mut below = Vec::new();
+            for folder in files.iter().filter(|path| path.is_dir()) {
+                below.extend(readable(files_at(folder, 1))?);
             }
+            files = below;
         }
         let step = files.len().div_ceil(SAMPLE).max(1);
         Ok(files.into_iter().step_by(step).collect())

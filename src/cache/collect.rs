@@ -59,6 +59,9 @@ pub struct Collected {
     /// Records that this user may not read. What they need is not known, so that no object goes
     /// while there are any.
     pub closed: usize,
+    /// Files that say what pipelines and runs use and that this user may not read. No record goes
+    /// while there are any.
+    pub hidden: usize,
 }
 
 pub(super) fn age(time: SystemTime) -> Duration {
@@ -202,7 +205,12 @@ impl Cache {
         scratch: u64,
         collected: &mut Collected,
     ) -> Result<BTreeSet<Fingerprint>, CacheError> {
-        let (roots, running, pins) = (self.roots()?, self.used_by_runs()?, self.pins()?);
+        let roots = self.roots_and_hidden(&mut collected.hidden)?;
+        let running = self.used_by_runs(&mut collected.hidden)?;
+        let pins = self.pins()?;
+        if collected.hidden > 0 {
+            return Ok(BTreeSet::new());
+        }
         let mut kept = self.kept()?;
         kept.sort_by_key(|k| k.used);
         let (mut references, mut bytes) = (std::collections::BTreeMap::new(), scratch);

@@ -7,6 +7,7 @@ use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
 
+use super::access::read_or_count;
 use super::last::{Last, project_key};
 use super::survey::files_at;
 use super::{Cache, CacheError, durable};
@@ -64,6 +65,14 @@ impl Cache {
     /// # Errors
     /// [`CacheError`] where a folder cannot be listed.
     pub fn roots(&self) -> Result<BTreeMap<Fingerprint, BTreeSet<String>>, CacheError> {
+        self.roots_and_hidden(&mut 0)
+    }
+
+    /// The same; counts the files that this user may not read.
+    pub(super) fn roots_and_hidden(
+        &self,
+        hidden: &mut usize,
+    ) -> Result<BTreeMap<Fingerprint, BTreeSet<String>>, CacheError> {
         let mut roots: BTreeMap<Fingerprint, BTreeSet<String>> = BTreeMap::new();
         let mut add = |fingerprint, pipeline: &str| {
             roots.entry(fingerprint).or_default().insert(pipeline.to_owned());
@@ -74,14 +83,16 @@ impl Cache {
         let mut files = files_at(&last, 2)?;
         files.extend(files_at(&last, 3)?);
         for path in files.iter().filter(|path| age(path) < FORGOTTEN) {
-            let read = fs::read(path).ok().and_then(|t| serde_json::from_slice::<Last>(&t).ok());
+            let text = read_or_count(path, hidden);
+            let read = text.and_then(|text| serde_json::from_slice::<Last>(&text).ok());
             let below = path.strip_prefix(&last).ok().and_then(|p| p.iter().next());
             if let (Some(read), Some(pipeline)) = (read, below) {
                 add(read.fingerprint, &pipeline.to_string_lossy());
             }
         }
         for path in files_at(&self.root.join("roots"), 1)? {
-            let text = if age(&path) < FORGOTTEN { fs::read(&path).ok() } else { None };
+            let young = age(&path) < FORGOTTEN;
+            let text = if young { read_or_count(&path, hidden) } else { None };
             let project = text.and_then(|text| serde_json::from_slice::<Project>(&text).ok());
             for (pipeline, fingerprint) in
                 project.iter().flat_map(|p| p.stages.values().map(|f| (&p.pipeline, *f)))

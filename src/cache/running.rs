@@ -11,6 +11,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use super::access::read_or_count;
 use super::collect::{GRACE, age, modified};
 use super::survey::files_at;
 use super::{Cache, CacheError, durable};
@@ -44,11 +45,16 @@ impl Cache {
 
     /// What runs use that were alive within [`GRACE`], which is also how long the records of one
     /// that died stay young.
-    pub(super) fn used_by_runs(&self) -> Result<BTreeSet<Fingerprint>, CacheError> {
+    /// Counts the files that this user may not read.
+    pub(super) fn used_by_runs(
+        &self,
+        hidden: &mut usize,
+    ) -> Result<BTreeSet<Fingerprint>, CacheError> {
         let mut used = BTreeSet::new();
         for path in files_at(&self.root.join("running"), 1)? {
             if modified(&path).is_some_and(|beat| age(beat) < GRACE) {
-                let text = fs::read_to_string(&path).unwrap_or_default();
+                let text = read_or_count(&path, hidden).unwrap_or_default();
+                let text = String::from_utf8_lossy(&text);
                 used.extend(text.lines().filter_map(|line| line.parse::<Fingerprint>().ok()));
             }
         }

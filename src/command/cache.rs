@@ -273,7 +273,7 @@ fn pin(project: &Project, stage: &str, pinned: bool, say: &Say<'_>) -> Result<u8
 
 /// What a collection did, for people.
 pub(super) fn described(collected: &Collected, dry_run: bool) -> String {
-    let Collected { records, objects, leftovers, bytes, bytes_left, closed } = collected;
+    let Collected { records, objects, leftovers, bytes, bytes_left, closed, hidden } = collected;
     let mut lines: Vec<String> = records
         .iter()
         .map(|(stage, fingerprint)| format!("{stage} {}", &fingerprint[..8]))
@@ -282,6 +282,12 @@ pub(super) fn described(collected: &Collected, dry_run: bool) -> String {
         lines.push(format!(
             "{closed} records may not be read, so that no object can go: `pipe doctor` says what \
              to do"
+        ));
+    }
+    if *hidden > 0 {
+        lines.push(format!(
+            "{hidden} files that say what is in use may not be read, so that no record can go: \
+             `pipe doctor` says what to do"
         ));
     }
     lines.push(format!(

@@ -289,3 +289,30 @@ fn explanations_of_earlier_versions_are_still_read() {
     let why = space.pipe(&["why", "left"]).code(0).out;
     assert!(why.contains("echo one"), "{why}");
 }
+
+#[test]
+fn gc_removes_no_record_while_it_may_not_read_what_is_in_use() {
+    let space = Space::new(DIAMOND);
+    space.pipe(&["run", "left"]).code(0);
+    space.pipe(&["run", "left", "--set", "left=other"]).code(0);
+    let running = space.cache().join("running/somebody");
+    fs::create_dir_all(running.parent().unwrap()).unwrap();
+    fs::write(&running, "").unwrap();
+    let roots = fs::read_dir(space.cache().join("roots")).unwrap().next().unwrap().unwrap();
+    let last = space.cache().join("last/pipeline");
+    let last = below(&last).into_iter().find(|path| path.is_file()).unwrap();
+    age(&space, 3);
+    let gc = ["cache", "gc", "--older-than", "1h", "--dry-run"];
+    let gone = other(&space, &gc).code(0).out;
+    assert!(gone.contains("would remove 1 records"), "{gone}");
+    for path in [running, roots.path(), last] {
+        let mode = fs::metadata(&path).unwrap().permissions();
+        close(&path);
+        let gone = other(&space, &gc).code(0).out;
+        assert!(gone.contains("would remove 0 records"), "{gone}");
+        assert!(gone.contains("1 files that say what is in use"), "{}: {gone}", path.display());
+        let doctor = other(&space, &["doctor"]).out;
+        assert!(doctor.contains("keeps this user out"), "{doctor}");
+        fs::set_permissions(&path, mode).unwrap();
+    }
+}
