@@ -99,6 +99,9 @@ pub enum CacheError {
     /// A stored file that this user may not read.
     #[error("{0}")]
     Denied(String),
+    /// A stored file that could not be read just now.
+    #[error("{0}")]
+    Passing(String),
 }
 
 impl CacheError {
@@ -121,6 +124,13 @@ impl CacheError {
                 return Some(
                     "its owner can let others read it (`chmod a+r`), and with a umask like 022 or \
                      002 what they make next can be read; `pipe run --force` makes it anew"
+                        .to_owned(),
+                );
+            }
+            Self::Passing(_) => {
+                return Some(
+                    "it may be sound and was left where it is: run again once the host and its \
+                     file system can read it"
                         .to_owned(),
                 );
             }
@@ -155,14 +165,20 @@ pub struct Fault {
     pub what: String,
     /// This user may not read it: no reason to make it anew.
     pub denied: bool,
+    /// It could not be read just now: no reason either.
+    pub passing: bool,
 }
 
 impl Fault {
     /// The error where the output of a stage cannot be used and need not be made anew.
     pub(crate) fn denial(&self, stage: &str) -> Option<CacheError> {
-        let Self { output, what, denied } = self;
-        let denial = || CacheError::Denied(format!("output `{output}` of stage `{stage}` {what}"));
-        denied.then(denial)
+        let Self { output, what, denied, passing } = self;
+        let what = format!("output `{output}` of stage `{stage}` {what}");
+        match (denied, passing) {
+            (true, _) => Some(CacheError::Denied(what)),
+            (_, true) => Some(CacheError::Passing(what)),
+            _ => None,
+        }
     }
 }
 
@@ -254,6 +270,7 @@ impl Cache {
                 output: name.clone(),
                 what: unsound.to_string(),
                 denied: matches!(unsound, Unsound::Denied(_)),
+                passing: matches!(unsound, Unsound::Passing(_)),
             })?;
         }
         Ok(())
@@ -266,7 +283,7 @@ impl Cache {
     pub(crate) fn check_output(&self, output: &OutputRecord) -> Result<(), Unsound> {
         let of = |what: &str, unsound: Unsound| match unsound {
             Unsound::Damaged(how) => Unsound::Damaged(format!("{what} {how}")),
-            denied @ Unsound::Denied(_) => denied,
+            unreadable => unreadable,
         };
         let object = output.digest.short();
         if output.form == OutputForm::File {
@@ -285,7 +302,7 @@ impl Cache {
     /// Whether every object of a record is whole.
     ///
     /// # Errors
-    /// [`CacheError::Denied`] where that cannot be told.
+    /// [`CacheError`] where that cannot be told.
     pub fn is_whole(&self, record: &Record) -> Result<bool, CacheError> {
         match self.check(record) {
             Ok(()) => Ok(true),

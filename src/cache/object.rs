@@ -4,6 +4,7 @@ use std::fs::{self, File, Metadata};
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
+use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 use super::{Cache, CacheError, access, durable};
@@ -45,6 +46,10 @@ pub(crate) enum Unsound {
     /// This user may not read it, which says nothing about what it holds.
     #[error("cannot be read: {0}")]
     Denied(String),
+    /// The file system could not read it just now (too many open files, no memory, a server that
+    /// does not answer), which says nothing about it either.
+    #[error("cannot be read: {0}")]
+    Passing(String),
 }
 
 impl Unsound {
@@ -54,18 +59,28 @@ impl Unsound {
         match self {
             Self::Damaged(_) => CacheError::Damaged(what),
             Self::Denied(_) => CacheError::Denied(what),
+            Self::Passing(_) => CacheError::Passing(what),
         }
     }
 
     pub(super) fn unreadable(path: &Path, error: &io::Error) -> Self {
-        if error.kind() != io::ErrorKind::PermissionDenied {
-            return Self::Damaged(format!("cannot be read: {error}"));
+        use io::ErrorKind::{IsADirectory, NotFound, PermissionDenied, UnexpectedEof};
+        // What a disk or a file system says that has lost bytes.
+        let lost = [Errno::IO, Errno::UCLEAN, Errno::BADMSG].map(|e| Some(e.raw_os_error()));
+        match error.kind() {
+            // Where the file itself cannot be looked at, its folder is what keeps us out.
+            PermissionDenied => Self::Denied(match access::closed(path) {
+                Some((at, what)) => format!("{} is {what}", at.display()),
+                None => error.to_string(),
+            }),
+            NotFound | UnexpectedEof | IsADirectory => {
+                Self::Damaged(format!("cannot be read: {error}"))
+            }
+            _ if lost.contains(&error.raw_os_error()) => {
+                Self::Damaged(format!("cannot be read: {error}"))
+            }
+            _ => Self::Passing(error.to_string()),
         }
-        // Where the file itself cannot be looked at, its folder is what keeps us out.
-        Self::Denied(match access::closed(path) {
-            Some((at, what)) => format!("{} is {what}", at.display()),
-            None => error.to_string(),
-        })
     }
 }
 
@@ -100,7 +115,7 @@ impl Cache {
                     placed = durable::rename_exclusive(staged, &target).map_err(io)?;
                 }
                 // Its equal, which can be read, takes its place.
-                Err(Unsound::Denied(_)) => {
+                Err(Unsound::Denied(_) | Unsound::Passing(_)) => {
                     durable::rename(staged, &target).map_err(io)?;
                     placed = true;
                 }
@@ -241,5 +256,26 @@ pub(crate) fn hash(mut reader: impl Read) -> io::Result<Digest> {
             Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
             Err(e) => return Err(e),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_is_gone_or_spoilt_is_damaged() {
+        let at = Path::new("/nowhere");
+        let found = |errno: Errno| Unsound::unreadable(at, &errno.into());
+        for errno in [Errno::NOENT, Errno::ISDIR, Errno::IO, Errno::UCLEAN, Errno::BADMSG] {
+            assert!(matches!(found(errno), Unsound::Damaged(_)), "{errno}");
+        }
+        for errno in [Errno::MFILE, Errno::NFILE, Errno::NOMEM, Errno::TIMEDOUT, Errno::STALE] {
+            let passing = found(errno);
+            assert!(matches!(passing, Unsound::Passing(_)), "{errno}");
+            let help = passing.of("object 1").help().unwrap_or_default();
+            assert!(help.contains("run again"), "{help}");
+        }
+        assert!(matches!(found(Errno::ACCESS), Unsound::Denied(_)));
     }
 }

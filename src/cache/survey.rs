@@ -11,7 +11,7 @@ use contract::OutputForm;
 use serde::Serialize;
 
 use super::object::{Unsound, hash};
-use super::{Cache, CacheError, access, durable};
+use super::{Cache, CacheError, durable};
 use crate::digest::{Digest, Fingerprint};
 use crate::record::Record;
 
@@ -24,7 +24,7 @@ pub struct Kept {
     pub used: SystemTime,
     /// What it says, or what is wrong with it.
     pub record: Result<Record, String>,
-    /// Nothing is known to be wrong with it: this user may not read it.
+    /// Nothing is known to be wrong with it: this user may not read it, or cannot just now.
     pub closed: bool,
 }
 
@@ -126,10 +126,9 @@ impl Cache {
             // Gone since it was listed.
             let used = fs::metadata(&path).and_then(|m| m.modified()).ok()?;
             let read = sound_record(&path);
-            let closed = if read.is_err() { access::closed(&path) } else { None };
-            let is_closed = closed.is_some();
-            let record = closed.map_or(read, |(_, what)| Err(format!("is {what}")));
-            Some(Kept { path, used, record, closed: is_closed })
+            let closed = matches!(read, Err(Unsound::Denied(_) | Unsound::Passing(_)));
+            let record = read.map_err(|unsound| unsound.to_string());
+            Some(Kept { path, used, record, closed })
         };
         Ok(files.into_iter().filter_map(kept).collect())
     }
@@ -190,8 +189,8 @@ impl Cache {
                 let quarantined = repair && !path.exists();
                 verified.damage.push(Damage { file: below(path), what, quarantined });
             }
-            denied @ Unsound::Denied(_) => {
-                let what = denied.to_string();
+            unreadable => {
+                let what = unreadable.to_string();
                 verified.unreadable.push(Unreadable { file: below(path), what });
             }
         };
@@ -219,14 +218,10 @@ impl Cache {
     }
 
     fn wrong_with_record(&self, kept: &Kept, sound: &BTreeMap<Digest, u64>) -> Option<Unsound> {
-        let what = match &kept.record {
-            Ok(record) => return self.lacks(record, sound).map(Unsound::Damaged),
-            Err(what) => what.clone(),
-        };
-        Some(match File::open(&kept.path) {
-            Err(e) => Unsound::unreadable(&kept.path, &e),
-            Ok(_) => Unsound::Damaged(what),
-        })
+        match &kept.record {
+            Ok(record) => self.lacks(record, sound).map(Unsound::Damaged),
+            Err(_) => sound_record(&kept.path).err(),
+        }
     }
 
     /// What of a record is not among the sound objects.
@@ -283,15 +278,15 @@ impl Cache {
 }
 
 /// The record in a file, which must be the one that its name says.
-fn sound_record(path: &Path) -> Result<Record, String> {
-    let text = durable::read(path).map_err(|e| format!("cannot be read: {e}"))?;
-    let record = Record::from_text(&text)?;
+fn sound_record(path: &Path) -> Result<Record, Unsound> {
+    let text = durable::read(path).map_err(|e| Unsound::unreadable(path, &e))?;
+    let record = Record::from_text(&text).map_err(Unsound::Damaged)?;
     let (kind, name) = (path.parent().and_then(Path::file_name), path.file_stem());
     let hex = record.fingerprint.to_hex();
     if name.is_none_or(|n| n != hex.as_str())
         || kind.is_none_or(|k| k != record.identity.kind.as_str())
     {
-        return Err("is not the record that its name says".to_owned());
+        return Err(Unsound::Damaged("is not the record that its name says".to_owned()));
     }
     Ok(record)
 }
