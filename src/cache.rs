@@ -80,6 +80,16 @@ pub enum CacheError {
         /// What the file system said.
         source: io::Error,
     },
+    /// The file system refused a file that is not in the cache: a user's, or a stage's output.
+    #[error("could not {doing} {}: {source}", path.display())]
+    Outside {
+        /// Completes "could not".
+        doing: &'static str,
+        /// File or folder.
+        path: PathBuf,
+        /// What the file system said.
+        source: io::Error,
+    },
     /// Something that cannot be stored.
     #[error("{0}")]
     Unfit(String),
@@ -109,10 +119,21 @@ impl CacheError {
         Self::Io { doing, path: path.to_owned(), source }
     }
 
+    fn outside(doing: &'static str, path: &Path, source: io::Error) -> Self {
+        Self::Outside { doing, path: path.to_owned(), source }
+    }
+
     /// What the user can do about it.
     pub fn help(&self) -> Option<String> {
         let (source, path) = match self {
             Self::Io { source, path, .. } => (source, path),
+            Self::Outside { source, path, .. } => {
+                let (at, _) = access::closed(path)?;
+                let denied = source.kind() == io::ErrorKind::PermissionDenied;
+                let bits = if at.is_dir() { "a+rx" } else { "a+r" };
+                let help = format!("let this user read it: `chmod {bits} {}`", at.display());
+                return denied.then_some(help);
+            }
             Self::Link { .. } => {
                 return Some(
                     "copy what it points to into the output (`cp -L`); what links of an output \

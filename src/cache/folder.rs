@@ -105,7 +105,7 @@ fn files_below(root: &Path) -> Result<Vec<Found>, CacheError> {
     let mut found = Vec::new();
     let mut open = vec![(String::new(), root.to_owned())];
     while let Some((prefix, dir)) = open.pop() {
-        let io = |e| CacheError::io("list", &dir, e);
+        let io = |e| CacheError::outside("list", &dir, e);
         if prefix.matches('/').count() > MAX_DEPTH {
             let shown = dir.display();
             return Err(CacheError::Unfit(format!(

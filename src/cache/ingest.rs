@@ -77,7 +77,8 @@ impl Cache {
     fn ingest_file(&self, path: &Path) -> Result<Stored, CacheError> {
         let io = |doing| move |e| CacheError::io(doing, path, e);
         let flags = (OFlags::NOFOLLOW | OFlags::NONBLOCK).bits() as i32;
-        let file = File::options().read(true).custom_flags(flags).open(path).map_err(io("open"))?;
+        let opened = File::options().read(true).custom_flags(flags).open(path);
+        let file = opened.map_err(|e| CacheError::outside("open", path, e))?;
         let meta = file.metadata().map_err(io("read"))?;
         if !meta.is_file() {
             return Err(CacheError::Unfit(format!("{} is not a regular file", path.display())));
@@ -176,11 +177,11 @@ struct Level {
 
 /// Every file of an output, sorted by name; the path of a link is that of its target.
 fn output_files(root: &Path) -> Result<Vec<Found>, CacheError> {
-    let root = root.canonicalize().map_err(|e| CacheError::io("find", root, e))?;
+    let root = root.canonicalize().map_err(|e| CacheError::outside("find", root, e))?;
     let mut found = Vec::new();
     let mut open = vec![Level { prefix: String::new(), real: root.clone(), through: Vec::new() }];
     while let Some(level) = open.pop() {
-        let io = |e| CacheError::io("list", &level.real, e);
+        let io = |e| CacheError::outside("list", &level.real, e);
         if level.prefix.matches('/').count() > MAX_DEPTH {
             return Err(CacheError::Unfit(format!("`{}` is nested too deeply", level.prefix)));
         }
@@ -222,7 +223,7 @@ fn link_target(name: &str, path: &Path, root: &Path, level: &Level) -> Result<Pa
         Err(e) if e.kind() == io::ErrorKind::NotFound => {
             return Err(link(name, path, "leads nowhere"));
         }
-        Err(e) => return Err(CacheError::io("follow", path, e)),
+        Err(e) => return Err(CacheError::outside("follow", path, e)),
     };
     if !target.starts_with(root) {
         return Err(link(name, path, "leads out of the output"));

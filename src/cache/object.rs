@@ -211,8 +211,9 @@ impl Cache {
         if let Some(digest) = self.index.lookup(path, meta, false) {
             return Ok(digest);
         }
-        let digest =
-            File::open(path).and_then(|f| hash(&f)).map_err(|e| CacheError::io("read", path, e))?;
+        let digest = File::open(path)
+            .and_then(|f| hash(&f))
+            .map_err(|e| CacheError::outside("read", path, e))?;
         self.index.remember(path, meta, digest, false);
         Ok(digest)
     }
@@ -232,7 +233,7 @@ impl Cache {
 }
 
 pub(super) fn metadata(path: &Path) -> Result<Metadata, CacheError> {
-    fs::metadata(path).map_err(|e| CacheError::io("read", path, e))
+    fs::metadata(path).map_err(|e| CacheError::outside("read", path, e))
 }
 
 pub(super) fn listing(entries: &[TreeEntry]) -> Vec<u8> {

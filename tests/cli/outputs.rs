@@ -222,3 +222,22 @@ params: {word: a}
     let broken = space.pipe(&["run", "use"]).code(4);
     assert!(broken.err.contains("exit code 126"), "{}", broken.err);
 }
+
+#[test]
+fn file_of_the_user_that_may_not_be_read_is_no_matter_of_the_cache() {
+    let closed = file("echo 1 > $PIPE_OUTPUT_OUT; chmod 000 $PIPE_OUTPUT_OUT");
+    let local = file("cat $PIPE_INPUT_F > $PIPE_OUTPUT_OUT");
+    local.replace("    kind: command\n", "    kind: command\n    inputs: {f: {path: f.txt}}\n");
+    local.write("f.txt", "1\n");
+    fs::set_permissions(local.path("f.txt"), fs::Permissions::from_mode(0o000)).unwrap();
+    for (space, code) in [(closed, 4), (local, 5)] {
+        let Some(ran) = as_user(&space, &["run"]) else {
+            println!("not tried: other users cannot start the binary");
+            return;
+        };
+        let words = ran.code(code).err.replace('│', " ");
+        let said = words.split_whitespace().collect::<Vec<_>>().join(" ");
+        assert!(said.contains("let this user read it: `chmod a+r /"), "{said}");
+        assert!(!said.contains("doctor") && !said.contains("group"), "{said}");
+    }
+}
