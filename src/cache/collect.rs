@@ -292,7 +292,7 @@ impl Cache {
             durable::sync_dir(folder).map_err(|e| CacheError::io("flush", folder, e))?;
         } else {
             // Old, or an equal has taken its place meanwhile.
-            durable::remove(&aside).map_err(io)?;
+            remove_whatever(&aside).map_err(io)?;
         }
         Ok(!young)
     }
@@ -373,11 +373,14 @@ fn remove(path: &Path, options: GcOptions) -> Result<(), CacheError> {
     if options.dry_run {
         return Ok(());
     }
+    remove_whatever(path).map_err(|e| CacheError::io("remove", path, e))
+}
+
+/// Removes a file or a folder, which may be gone already.
+fn remove_whatever(path: &Path) -> std::io::Result<()> {
     let removed = if path.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) };
     match removed {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-            Err(CacheError::io("remove", path, e))
-        }
-        _ => Ok(()),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        other => other,
     }
 }

@@ -309,3 +309,17 @@ fn checkpoints_of_a_failed_attempt_are_open_to_the_group_of_the_cache() {
     scratch.keep();
     assert_eq!(fs::metadata(&half).unwrap().permissions().mode() & 0o777, 0o640);
 }
+
+#[test]
+fn folder_among_the_objects_goes_as_a_file_would() {
+    let (_dir, cache) = cache();
+    let sound = cache.object_path(record(&cache, "sound").outputs["out"].digest);
+    let stray = sound.parent().unwrap().join("stray");
+    fs::create_dir(&stray).unwrap();
+    fs::write(stray.join("file"), "").unwrap();
+    old(&stray);
+    old(&sound);
+    let options = GcOptions { older_than: None, max_bytes: None, dry_run: false };
+    assert_eq!(cache.collect(options).unwrap().objects, 2);
+    assert!(!stray.exists() && !sound.exists());
+}
