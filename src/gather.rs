@@ -92,7 +92,7 @@ pub fn files(gathered: &Gathered, made: Vec<(&str, &Record)>, cache: &Cache) -> 
             }));
         } else {
             let (bytes, digest) = (output.bytes, output.digest);
-            files.push(TreeEntry { path, exec: false, bytes, digest });
+            files.push(TreeEntry { path, exec: output.exec, bytes, digest });
         }
     }
     files

@@ -179,3 +179,26 @@ fn sweeps_of_two_stages_are_crossed_where_they_meet() {
     assert!(graph.contains("\"train@length=20\" -> \"dev@length=20,shell=bash\""), "{graph}");
     assert!(graph.contains("\"dev@length=20,shell=bash\" -> \"choose\""), "{graph}");
 }
+
+#[test]
+fn exec_bit_of_a_point_is_a_change_of_what_gathers_it() {
+    let space = Space::new(
+        r"
+params: {x: 1, mode: 644}
+stages:
+  make:
+    kind: command
+    matrix: {single: {x: [1, 2]}}
+    params: {run: 'echo ${x} > $PIPE_OUTPUT_O; chmod ${mode} $PIPE_OUTPUT_O', outputs: {o: {file: o}}}
+  all:
+    kind: command
+    inputs: {all: {gather: make}}
+    params: {run: 'ls -lR $PIPE_INPUT_ALL > $PIPE_OUTPUT_O', outputs: {o: {file: o}}}
+",
+    );
+    space.pipe(&["run", "all"]).code(0);
+    space.replace("mode: 644", "mode: 755");
+    space.pipe(&["run", "make@*"]).code(0);
+    let why = space.pipe(&["why", "all"]).code(0).out;
+    assert!(why.contains("changed default/o, x=2/o"), "{why}");
+}
