@@ -1,13 +1,16 @@
 //! `pipe outputs`.
 
-use std::path::PathBuf;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
 
 use serde_json::json;
 
 use super::{CommandError, Context};
+use crate::cache::{Cache, CacheError};
 use crate::display;
 use crate::exit_code;
 use crate::plan::{Decision, PlanOptions};
+use crate::record::OutputRecord;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
@@ -44,7 +47,7 @@ pub(super) fn run(context: &Context<'_>, args: &Args) -> Result<u8, CommandError
             format!("{name}  {}  {}", output.digest.short(), display::size(output.bytes));
         if let Some(dir) = &args.to {
             let to = dir.join(&output.file_name);
-            if to.exists() && project.cache.digest_local(&to)? != output.digest {
+            if to.exists() && differs(&project.cache, output, &to)? {
                 if !args.force {
                     return Err(CommandError::usage(
                         format!("{} is there already and differs", to.display()),
@@ -69,4 +72,10 @@ pub(super) fn run(context: &Context<'_>, args: &Args) -> Result<u8, CommandError
         display::out(&lines.join("\n"));
     }
     Ok(exit_code::OK)
+}
+
+/// Whether a copy is not what the output is: its bytes, or that it may be executed.
+fn differs(cache: &Cache, output: &OutputRecord, copy: &Path) -> Result<bool, CacheError> {
+    let may_run = || copy.metadata().is_ok_and(|meta| meta.permissions().mode() & 0o100 != 0);
+    Ok(cache.digest_local(copy)? != output.digest || (output.exec && !may_run()))
 }

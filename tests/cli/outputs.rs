@@ -241,3 +241,17 @@ fn file_of_the_user_that_may_not_be_read_is_no_matter_of_the_cache() {
         assert!(!said.contains("doctor") && !said.contains("group"), "{said}");
     }
 }
+
+#[test]
+fn copy_of_a_program_that_may_not_be_executed_differs() {
+    let space = file("echo true > $PIPE_OUTPUT_OUT; chmod +x $PIPE_OUTPUT_OUT");
+    space.pipe(&["run"]).code(0);
+    let copy = space.path("kept/out");
+    let outputs = ["outputs", "s", "--to", "kept"];
+    space.pipe(&outputs).code(0);
+    space.pipe(&outputs).code(0);
+    fs::set_permissions(&copy, fs::Permissions::from_mode(0o644)).unwrap();
+    assert!(space.pipe(&outputs).code(2).err.contains("is there already and differs"));
+    space.pipe(&[&outputs[..], &["--force"]].concat()).code(0);
+    assert_eq!(mode(&copy) & 0o100, 0o100);
+}
