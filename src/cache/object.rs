@@ -192,7 +192,7 @@ impl Cache {
     ///
     /// # Errors
     /// What is wrong with the listing.
-    pub(super) fn read_tree(&self, digest: Digest) -> Result<Vec<TreeEntry>, Unsound> {
+    pub(crate) fn read_tree(&self, digest: Digest) -> Result<Vec<TreeEntry>, Unsound> {
         self.inspect(digest, None)?;
         let path = self.object_path(digest);
         let text = durable::read(&path).map_err(|e| Unsound::unreadable(&path, &e))?;

@@ -56,8 +56,8 @@ pub(super) async fn record(
     watch: Watch<'_>,
 ) -> Result<Offered, RemoteError> {
     if let Err(fault) = cache.check(record) {
-        let what = format!("its output {} {}", fault.output, fault.what);
-        return Err(CacheError::Damaged(what).into());
+        let damaged = || CacheError::Damaged(format!("its output {} {}", fault.output, fault.what));
+        return Err(fault.denial(&record.stage).unwrap_or_else(damaged).into());
     }
     let objects = objects(cache, record)?;
     let total = objects.values().sum();
@@ -112,7 +112,8 @@ fn objects(cache: &Cache, record: &Record) -> Result<Objects, RemoteError> {
             continue;
         }
         objects.insert(output.digest, cache.object_bytes(output.digest)?);
-        let entries = cache.tree(output.digest).map_err(CacheError::Damaged)?;
+        let listing = format!("listing {}", output.digest.short());
+        let entries = cache.read_tree(output.digest).map_err(|e| e.of(&listing))?;
         objects.extend(entries.iter().map(|e| (e.digest, e.bytes)));
     }
     Ok(objects)
