@@ -134,7 +134,8 @@ impl Cache {
         self.root.join("evicted").join(fingerprint.to_hex())
     }
 
-    /// Collects where the last look is more than a day ago and the cache is larger than `cap`.
+    /// Collects where the last look is more than a day ago and the cache is larger than `cap`. Who
+    /// may not write down that they looked leaves it to others.
     ///
     /// # Errors
     /// [`CacheError`] as [`Cache::collect`].
@@ -143,8 +144,10 @@ impl Cache {
         if modified(&stamp).is_some_and(|looked| age(looked) < INTERVAL) {
             return Ok(None);
         }
-        durable::replace(&self.tmp_dir(), &stamp, b"")
-            .map_err(|e| CacheError::io("write", &stamp, e))?;
+        if let Err(error) = durable::replace(&self.tmp_dir(), &stamp, b"") {
+            tracing::debug!(%error, "not looked through: {} cannot be written", stamp.display());
+            return Ok(None);
+        }
         let options = GcOptions { older_than: None, max_bytes: Some(cap), dry_run: false };
         self.collect(options).map(Some).inspect_err(|_| {
             let soon = SystemTime::now() - INTERVAL + RETRY;

@@ -164,3 +164,14 @@ fn projects_with_the_same_name_do_not_let_go_of_each_other_s_artifacts() {
     assert!(gone.contains("removed 0 records"), "{gone}");
     space.pipe(&["plan", "--check"]).code(0);
 }
+
+#[test]
+fn who_may_not_say_that_the_cache_was_looked_through_says_nothing_at_all() {
+    let space = Space::new(DIAMOND);
+    let stamp = space.cache().join("gc-stamp");
+    fs::create_dir_all(stamp.join("in the way")).unwrap();
+    let then = std::time::SystemTime::now() - std::time::Duration::from_secs(2 * 86_400);
+    fs::File::open(&stamp).and_then(|file| file.set_modified(then)).unwrap();
+    let ran = space.pipe(&["run"]).code(0);
+    assert!(!ran.err.contains("looked through"), "{}", ran.err);
+}
