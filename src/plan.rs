@@ -263,7 +263,7 @@ impl Planner<'_> {
             let last = self.cache.last(&self.pipeline.name, &stage.name);
             let mut reasons = match last {
                 Some(last) => self.changes(stage, &last.identity, identity, records),
-                None => vec![Reason::NeverRan],
+                None => vec![self.without_history(stage)],
             };
             if let Some(what) = self.cache.unreadable(&stage.kind, fingerprint) {
                 reasons.retain(|r| !matches!(r, Reason::NeverRan | Reason::NotCached));
@@ -404,7 +404,16 @@ impl Planner<'_> {
     ) -> Result<Vec<Reason>, PlanError> {
         match self.cache.last(&self.pipeline.name, &stage.name) {
             Some(last) => self.known_changes(stage, &last.identity, records, lock),
-            None => Ok(vec![Reason::NeverRan]),
+            None => Ok(vec![self.without_history(stage)]),
+        }
+    }
+
+    /// Why a stage runs that there is no earlier record of.
+    fn without_history(&self, stage: &Stage) -> Reason {
+        if self.cache.has_run(&self.pipeline.name, &stage.name) {
+            Reason::NotCached
+        } else {
+            Reason::NeverRan
         }
     }
 

@@ -50,8 +50,8 @@ impl Cache {
         self
     }
 
-    /// The record that a stage of a pipeline last ran as or reused: in this project, else in any
-    /// whose pipeline has the same name.
+    /// The record that a stage of a pipeline last ran as or reused: in this project, else, where it
+    /// never ran here, in any whose pipeline has the same name.
     pub fn last(&self, pipeline: &str, stage: &str) -> Option<Record> {
         let record = |path: &Path| {
             let last: Last = serde_json::from_slice(&fs::read(path).ok()?).ok()?;
@@ -60,16 +60,24 @@ impl Cache {
         let folder = self.last_folder(pipeline);
         let name = format!("{stage}.json");
         let Some(owner) = &self.owner else { return record(&folder.join(name)) };
-        record(&folder.join(&owner.key).join(&name)).or_else(|| {
-            let others = owner.others.get_or_init(|| projects(&folder));
-            let mut found: Vec<(SystemTime, PathBuf)> = others
-                .iter()
-                .map(|other| other.join(&name))
-                .filter_map(|path| Some((modified(&path)?, path)))
-                .collect();
-            found.sort();
-            found.iter().rev().find_map(|(_, path)| record(path))
-        })
+        let own = folder.join(&owner.key).join(&name);
+        if own.exists() {
+            return record(&own);
+        }
+        let others = owner.others.get_or_init(|| projects(&folder));
+        let mut found: Vec<(SystemTime, PathBuf)> = others
+            .iter()
+            .map(|other| other.join(&name))
+            .filter_map(|path| Some((modified(&path)?, path)))
+            .collect();
+        found.sort();
+        found.iter().rev().find_map(|(_, path)| record(path))
+    }
+
+    /// Whether a stage of a pipeline ran in this project, whatever became of its record.
+    pub fn has_run(&self, pipeline: &str, stage: &str) -> bool {
+        let owner = self.owner.as_ref().map_or("", |owner| owner.key.as_str());
+        self.last_folder(pipeline).join(owner).join(format!("{stage}.json")).exists()
     }
 
     /// Remembers what a stage ran as; written only when it changes, and not synced: explanations

@@ -18,7 +18,7 @@ use crate::pipeline::{InputRef, Stage};
 pub enum Reason {
     /// The cache knows nothing of it.
     NeverRan,
-    /// It ran as this before, and the record is gone.
+    /// It ran before, and the record is gone.
     NotCached,
     /// The user asked for it.
     Forced,

@@ -268,6 +268,13 @@ fn explanations_and_logs_are_those_of_the_project_and_a_clone_gets_the_newest_of
     assert!(why.contains("echo one") && !why.contains("theirs"), "{why}");
     let log = space.pipe(&["logs", "left"]).code(0).out;
     assert!(!log.contains("hello"), "{log}");
+    // One whose own record gc has removed is not explained by what others ran.
+    space.replace("left: three", "left: one");
+    fs::remove_file(record(&space, "left")).unwrap();
+    let why = space.pipe(&["why", "left"]).code(0).out;
+    assert!(why.contains("its record is no longer in the cache"), "{why}");
+    assert!(!why.contains("theirs") && !why.contains("never ran"), "{why}");
+    space.pipe(&["run"]).code(0);
     // A clone reuses everything, and its changes are explained.
     elsewhere("clone", &text, &["plan", "--check"]).code(0);
     let why =
