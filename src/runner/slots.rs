@@ -9,6 +9,8 @@ use std::sync::OnceLock;
 
 use rustix::fs::{FlockOperation, flock};
 
+/// What NVIDIA's driver says of each GPU, in a folder named by its place on the bus.
+const DRIVER: &str = "/proc/driver/nvidia/gpus";
 /// One folder for all users: their runs share the devices. Not below `TMPDIR`, which differs.
 const FOLDER: &str = "/tmp/pipe-slots";
 
@@ -54,14 +56,14 @@ impl Wanted {
 
 /// Asks once for the slot of one of `gpus`.
 pub(super) fn take(gpus: &[String]) -> io::Result<Taken> {
-    take_in(&folder()?, gpus)
+    static DEVICES: OnceLock<Vec<String>> = OnceLock::new();
+    take_in(&folder()?, gpus, DEVICES.get_or_init(|| device_ids(Path::new(DRIVER))))
 }
 
-fn take_in(dir: &Path, gpus: &[String]) -> io::Result<Taken> {
+fn take_in(dir: &Path, gpus: &[String], devices: &[String]) -> io::Result<Taken> {
     let mut holder = String::new();
     for gpu in gpus {
-        let name = gpu.replace(|c: char| !c.is_ascii_alphanumeric() && c != '-', "_");
-        let mut file = open(&dir.join(format!("gpu-{name}")))?;
+        let mut file = open(&dir.join(lock_name(gpu, devices)))?;
         match flock(&file, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => {
                 let this = crate::cache::this_process();
@@ -79,6 +81,30 @@ fn take_in(dir: &Path, gpus: &[String]) -> io::Result<Taken> {
         }
     }
     Ok(Taken::By(if holder.is_empty() { "another run".to_owned() } else { holder }))
+}
+
+/// The lock file of a GPU: one name, whether it is called by its number or by (the beginning of) its
+/// UUID. What is neither, a part of a GPU for example, has its own.
+fn lock_name(gpu: &str, devices: &[String]) -> String {
+    let mut called = devices.iter().enumerate().filter(|(_, id)| id.starts_with(gpu));
+    let name = match (called.next(), called.next()) {
+        (Some((number, _)), None) if gpu.starts_with("GPU-") => number.to_string(),
+        _ => gpu.replace(|c: char| !c.is_ascii_alphanumeric() && c != '-', "_"),
+    };
+    format!("gpu-{name}")
+}
+
+/// UUIDs of the GPUs, in the order of the bus, by which they are numbered.
+fn device_ids(driver: &Path) -> Vec<String> {
+    let Ok(entries) = fs::read_dir(driver) else { return Vec::new() };
+    let mut folders: Vec<PathBuf> = entries.flatten().map(|e| e.path()).collect();
+    folders.sort();
+    let id = |folder: &PathBuf| {
+        let text = fs::read_to_string(folder.join("information")).unwrap_or_default();
+        let id = text.lines().find_map(|line| line.strip_prefix("GPU UUID:"));
+        id.unwrap_or_default().trim().to_owned()
+    };
+    folders.iter().map(id).collect()
 }
 
 /// Opens the lock file of a slot, whoever made it.
@@ -161,7 +187,7 @@ mod tests {
         let folder = shared(&dir.path().join("slots")).unwrap();
         let gpus = visible("3, GPU-5c/x,,7");
         assert_eq!(gpus, ["3", "GPU-5c/x"]);
-        let take = || take_in(&folder, &gpus).unwrap();
+        let take = || take_in(&folder, &gpus, &[]).unwrap();
         let (Taken::Mine(first), Taken::Mine(second)) = (take(), take()) else {
             panic!("two slots")
         };
@@ -181,5 +207,28 @@ mod tests {
         let wanted = Wanted::of(&resources.into());
         assert_eq!(wanted, Wanted { any: 2, numbers: vec![3] });
         assert!(visible("").is_empty() && visible("-1").is_empty());
+    }
+
+    #[test]
+    fn gpu_has_one_slot_by_whichever_name_it_is_called() {
+        let dir = tempfile::tempdir().unwrap();
+        for (bus, id) in [("0000:41:00.0", "GPU-7a11"), ("0000:01:00.0", "GPU-5c22")] {
+            let folder = dir.path().join("gpus").join(bus);
+            fs::create_dir_all(&folder).unwrap();
+            let text = format!("Model: \t NVIDIA\nGPU UUID: \t {id}\nDevice Minor: \t 0\n");
+            fs::write(folder.join("information"), text).unwrap();
+        }
+        let devices = device_ids(&dir.path().join("gpus"));
+        assert_eq!(devices, ["GPU-5c22", "GPU-7a11"]);
+        let name = |gpu| lock_name(gpu, &devices);
+        assert_eq!([name("1"), name("GPU-7a11"), name("GPU-7")], ["gpu-1"; 3]);
+        assert_eq!(name("GPU-"), "gpu-GPU-", "which of the two cannot be told");
+        assert_eq!(name("MIG-7a11"), "gpu-MIG-7a11");
+        assert_eq!(lock_name("GPU-7a11", &[]), "gpu-GPU-7a11");
+        let folder = shared(&dir.path().join("slots")).unwrap();
+        let take = |gpu: &str| take_in(&folder, &[gpu.to_owned()], &devices).unwrap();
+        let Taken::Mine(slot) = take("GPU-5c") else { panic!("it is free") };
+        assert_eq!(slot.gpu, "GPU-5c");
+        assert!(matches!(take("0"), Taken::By(_)));
     }
 }
