@@ -29,11 +29,11 @@ pub enum Event {
         #[serde(skip_serializing_if = "Vec::is_empty")]
         cut_off_by: Vec<String>,
     },
-    /// Another process is running the same fingerprint; this run waits for it.
+    /// Another process is running the same fingerprint, or has the GPU; this run waits for it.
     StageWaiting {
         /// Stage.
         stage: String,
-        /// Who holds the lease, as `host (process 123)`.
+        /// Who holds the lease, as `host (process 123)`, or the GPU, as `the GPU, in use by …`.
         holder: String,
     },
     /// A stage process was started.

@@ -14,7 +14,7 @@ use super::{Cache, CacheError, durable};
 /// Files that are looked at, of records and of objects each.
 const SAMPLE: usize = 200;
 /// Folders that everybody who uses a cache writes.
-const FOLDERS: [&str; 14] = [
+const FOLDERS: [&str; 16] = [
     "",
     "objects-v1",
     "records-v1",
@@ -28,6 +28,8 @@ const FOLDERS: [&str; 14] = [
     "running",
     "runs",
     "pins",
+    "evicted",
+    "evicted-needed",
     "quarantine",
 ];
 /// Something in a cache that keeps users out who share it.

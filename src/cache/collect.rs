@@ -339,7 +339,9 @@ impl Cache {
     ) -> Result<(), CacheError> {
         // Listings by digest, and what pipelines last ran as, lie deeper: `newest` looks below.
         let short = ["tmp", "logs", "quarantine", "listings-v1", "evicted", "leases", "running"];
-        let long = [("roots", FORGOTTEN), ("last", FORGOTTEN), ("runs", HISTORY)];
+        let long = [("roots", FORGOTTEN), ("last", FORGOTTEN)];
+        let longest = ["runs", "evicted-needed"].map(|folder| (folder, HISTORY));
+        let long = long.into_iter().chain(longest);
         for (folder, limit) in short.map(|folder| (folder, LEFTOVERS)).into_iter().chain(long) {
             for path in files_at(&self.root.join(folder), 1)? {
                 let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
