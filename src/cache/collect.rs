@@ -56,7 +56,7 @@ pub struct Collected {
     pub bytes: u64,
     /// Bytes of the objects that are left.
     pub bytes_left: u64,
-    /// Records that this user may not read. What they need is not known, so that no object goes
+    /// Records that this user may not read, or the listing of an output. What they need is not known, so that no object goes
     /// while there are any.
     pub closed: usize,
     /// Files that say what pipelines and runs use and that this user may not read. No record goes
@@ -312,7 +312,11 @@ impl Cache {
         for kept in self.kept()? {
             match kept.record {
                 Ok(record) if gone.contains(&record.fingerprint) => {}
-                Ok(record) => needed.extend(self.needed(&record).into_keys()),
+                Ok(record) => {
+                    let (digests, closed) = self.needed_and_closed(&record);
+                    needed.extend(digests.into_keys());
+                    collected.closed += usize::from(closed);
+                }
                 Err(_) if kept.closed => collected.closed += 1,
                 // What a damaged record needs is not known.
                 Err(_) => {}

@@ -151,6 +151,15 @@ impl Cache {
 
     /// The objects that a record needs, with their sizes: outputs, and the files of trees.
     pub fn needed(&self, record: &Record) -> BTreeMap<Digest, Option<u64>> {
+        self.needed_and_closed(record).0
+    }
+
+    /// The same, and whether a listing cannot be read by this user or just now: there may be more.
+    pub(super) fn needed_and_closed(
+        &self,
+        record: &Record,
+    ) -> (BTreeMap<Digest, Option<u64>>, bool) {
+        let mut closed = false;
         let mut needed = BTreeMap::new();
         for output in record.outputs.values() {
             if output.form == OutputForm::File {
@@ -158,11 +167,13 @@ impl Cache {
                 continue;
             }
             needed.insert(output.digest, None);
-            for entry in self.tree(output.digest).unwrap_or_default() {
+            let listed = self.read_tree(output.digest);
+            closed |= matches!(listed, Err(Unsound::Denied(_) | Unsound::Passing(_)));
+            for entry in listed.unwrap_or_default() {
                 needed.insert(entry.digest, Some(entry.bytes));
             }
         }
-        needed
+        (needed, closed)
     }
 
     /// Reads every record and object and says what is not what its name says. With `repair` damaged

@@ -323,3 +323,18 @@ fn gc_removes_no_record_while_it_may_not_read_what_is_in_use() {
         fs::set_permissions(&path, mode).unwrap();
     }
 }
+
+#[test]
+fn gc_removes_no_object_while_it_may_not_read_a_listing() {
+    let space = Space::new(
+        "stages:\n  s:\n    kind: command\n    params: {run: 'echo 1 > $PIPE_OUTPUT_O/a', outputs: {o: {dir: o}}}\n",
+    );
+    space.pipe(&["run"]).code(0);
+    age(&space, 3);
+    let gc = ["cache", "gc", "--older-than", "2h", "--dry-run"];
+    other(&space, &gc).code(0);
+    let listing = |path: &PathBuf| fs::read(path).unwrap().starts_with(b"[{");
+    close(&space.objects().into_iter().find(listing).unwrap());
+    let gc = other(&space, &gc).code(0).out;
+    assert!(gc.contains("no object can go") && gc.contains(" 0 objects"), "{gc}");
+}
