@@ -74,7 +74,7 @@ fn range_beyond_the_rows_and_an_empty_dataset_say_so() {
 #[test]
 fn glaive_sample_parses_to_its_sharegpt_twin() {
     let Some(data) = std::env::var_os("PIPE_DATA") else {
-        eprintln!("skipped: PIPE_DATA is not set");
+        fixtures::skipped("PIPE_DATA is not set");
         return;
     };
     let data = std::path::PathBuf::from(data);
