@@ -7,6 +7,7 @@ mod critical_path;
 mod execute;
 mod inputs;
 mod messages;
+mod publish;
 mod shared;
 mod slots;
 mod start;

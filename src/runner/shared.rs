@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 use contract::Progress;
 
 use super::Message;
-use super::execute::{Job, required};
+use super::execute::Job;
+use super::publish::required;
 use crate::event::Event;
 use crate::plan::Planner;
 use crate::record::Record;
