@@ -6,6 +6,7 @@
 mod access;
 mod collect;
 mod durable;
+mod error;
 mod folder;
 mod ingest;
 mod last;
@@ -34,6 +35,7 @@ use contract::{OutputClass, OutputForm};
 
 pub use access::Closed;
 pub use collect::{Collected, DEFAULT_CAP, GRACE, GcOptions};
+pub use error::CacheError;
 pub use lease::{Acquired, Lease};
 pub use object::{Stored, TreeEntry};
 pub use probe::Probe;
@@ -65,116 +67,6 @@ pub struct Cache {
     ours: OnceLock<ingest::Ours>,
     /// The project that uses it, where there is one.
     owner: Option<last::Owner>,
-}
-
-/// The cache cannot do what was asked.
-#[derive(Debug, thiserror::Error)]
-pub enum CacheError {
-    /// The file system refused.
-    #[error("could not {doing} {}: {source}", path.display())]
-    Io {
-        /// Completes "could not".
-        doing: &'static str,
-        /// File or folder.
-        path: PathBuf,
-        /// What the file system said.
-        source: io::Error,
-    },
-    /// The file system refused a file that is not in the cache: a user's, or a stage's output.
-    #[error("could not {doing} {}: {source}", path.display())]
-    Outside {
-        /// Completes "could not".
-        doing: &'static str,
-        /// File or folder.
-        path: PathBuf,
-        /// What the file system said.
-        source: io::Error,
-    },
-    /// Something that cannot be stored.
-    #[error("{0}")]
-    Unfit(String),
-    /// A link in an output that cannot be stored.
-    #[error("the link `{name}` -> `{target}` {what}")]
-    Link {
-        /// Name below the output.
-        name: String,
-        /// What it says.
-        target: String,
-        /// Completes the sentence.
-        what: &'static str,
-    },
-    /// A stored file that is not what it was.
-    #[error("the cache is damaged: {0}")]
-    Damaged(String),
-    /// A stored file that this user may not read.
-    #[error("{0}")]
-    Denied(String),
-    /// A stored file that could not be read just now.
-    #[error("{0}")]
-    Passing(String),
-}
-
-impl CacheError {
-    fn io(doing: &'static str, path: &Path, source: io::Error) -> Self {
-        Self::Io { doing, path: path.to_owned(), source }
-    }
-
-    fn outside(doing: &'static str, path: &Path, source: io::Error) -> Self {
-        Self::Outside { doing, path: path.to_owned(), source }
-    }
-
-    /// What the user can do about it.
-    pub fn help(&self) -> Option<String> {
-        let (source, path) = match self {
-            Self::Io { source, path, .. } => (source, path),
-            Self::Outside { source, path, .. } => {
-                let (at, _) = access::closed(path)?;
-                let denied = source.kind() == io::ErrorKind::PermissionDenied;
-                let bits = if at.is_dir() { "a+rx" } else { "a+r" };
-                let help = format!("let this user read it: `chmod {bits} {}`", at.display());
-                return denied.then_some(help);
-            }
-            Self::Link { .. } => {
-                return Some(
-                    "copy what it points to into the output (`cp -L`); what links of an output \
-                     to its own files and folders point to is stored by itself"
-                        .to_owned(),
-                );
-            }
-            Self::Denied(_) => {
-                return Some(
-                    "its owner can let others read it (`chmod a+r`), and with a umask like 022 or \
-                     002 what they make next can be read; `pipe run --force` makes it anew"
-                        .to_owned(),
-                );
-            }
-            Self::Passing(_) => {
-                return Some(
-                    "it may be sound and was left where it is: run again once the host and its \
-                     file system can read it"
-                        .to_owned(),
-                );
-            }
-            Self::Unfit(_) | Self::Damaged(_) => return None,
-        };
-        match source.kind() {
-            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
-                Some("free some space on that disk and run again".to_owned())
-            }
-            io::ErrorKind::PermissionDenied if let Some((at, what)) = access::closed(path) => {
-                Some(format!(
-                    "{} is {what}: its owner can open it to the group; `pipe doctor` lists what is \
-                     closed, and says how",
-                    at.display(),
-                ))
-            }
-            io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => Some(
-                "a cache that cannot be written can only be read: `--cache DIR` names another"
-                    .to_owned(),
-            ),
-            _ => None,
-        }
-    }
 }
 
 /// An output of a record that cannot be used.
