@@ -56,8 +56,8 @@ pub struct Collected {
     pub bytes: u64,
     /// Bytes of the objects that are left.
     pub bytes_left: u64,
-    /// Records that this user may not read, or the listing of an output. What they need is not known, so that no object goes
-    /// while there are any.
+    /// Records that this user may not read, themselves or the listing of an output. What they need is
+    /// not known, so that no object goes while there are any.
     pub closed: usize,
     /// Files that say what pipelines and runs use and that this user may not read. No record goes
     /// while there are any.

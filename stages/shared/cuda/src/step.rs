@@ -6,6 +6,7 @@
 //! `dB += dyᵀ u` and `dA += duᵀ x` go to f32 in the layout of the operands.
 
 mod ahead;
+mod batch;
 mod head;
 mod offload;
 pub(crate) mod pass;
@@ -14,13 +15,14 @@ mod resident;
 use model::MicroBatch;
 
 use crate::adapter::Lora;
-use crate::attention::{Plan, check_longest};
+use crate::attention::Plan;
 use crate::device::{Buffer, Device};
 use crate::graph::Recorder;
-use crate::sizes::logits_stride;
 use crate::staging::Staging;
 use crate::{CudaError, Frozen};
 use ahead::Ahead;
+pub(crate) use batch::{Batch, COLUMNS};
+use head::HeadBuffers;
 use offload::Offload;
 use pass::Pass;
 use resident::Resident;
@@ -36,16 +38,6 @@ pub enum Activations {
     /// while the layers compute: smallest.
     Offload,
 }
-
-/// Rows whose logits exist at once, at most; and at least where their memory is lent.
-const HEAD_ROWS: usize = 1024;
-const LEAST_HEAD_ROWS: usize = 512;
-/// Rows of the tiles of large products divide this.
-const HEAD_TILE: usize = 128;
-/// Rows that reach the head are filled up to a multiple of this, so that shapes repeat.
-const TARGET_ROWS: usize = 256;
-/// Columns of [`Step::integers`].
-pub(crate) const COLUMNS: usize = 12;
 
 /// Activations of one layer. `*_ld` in [`Step`] are the row strides.
 struct State {
@@ -111,90 +103,11 @@ pub struct Step {
     recorder: Recorder,
 }
 
-/// Addresses of what the head works with. Where a layer runs forward again before its backward pass,
-/// the layer's buffers are free while the head runs, and serve it.
-struct HeadBuffers {
-    rows: u64,
-    normed: u64,
-    dnormed: u64,
-    drows: u64,
-    roots: Buffer,
-    logits: u64,
-    /// Rows whose logits exist at once.
-    chunk: usize,
-    losses: Buffer,
-    _own: Vec<Buffer>,
-}
-
 /// Memory that is free between micro-batches.
 #[derive(Clone, Copy, Debug)]
 pub struct Spare {
     pub(crate) ptr: u64,
     pub(crate) bytes: u64,
-}
-
-impl HeadBuffers {
-    fn new(
-        device: &Device,
-        c: &checkpoint::ModelConfig,
-        capacity: usize,
-        lent: Option<&State>,
-    ) -> Result<Self, CudaError> {
-        let size = device.dtype.size();
-        let mut own = Vec::new();
-        let count = (capacity * c.hidden_size) as u64;
-        let (matrix, wide) = (count * size, count * device.dtype.residual().size());
-        let rows = match lent.filter(|s| s.activated.bytes() >= 3 * matrix + wide) {
-            Some(state) => state.activated.ptr(),
-            None => {
-                own.push(device.alloc(3 * matrix + wide)?);
-                own[0].ptr()
-            }
-        };
-        // The same in every mode, so that results are: what would fit into the buffer that is lent.
-        let row = logits_stride(c, device.dtype) as u64 * size;
-        let room = (capacity as u64 * 2 * c.intermediate_size as u64 * size / row) as usize;
-        let whole_tiles = room / HEAD_TILE * HEAD_TILE;
-        let chunk = whole_tiles.clamp(LEAST_HEAD_ROWS, HEAD_ROWS).min(capacity);
-        let logits = match lent.filter(|s| s.gate_up.bytes() >= chunk as u64 * row) {
-            Some(state) => state.gate_up.ptr(),
-            None => {
-                let buffer = device.alloc(chunk as u64 * row)?;
-                let ptr = buffer.ptr();
-                own.push(buffer);
-                ptr
-            }
-        };
-        Ok(Self {
-            rows,
-            normed: rows + wide,
-            dnormed: rows + wide + matrix,
-            drows: rows + wide + 2 * matrix,
-            roots: device.alloc(capacity as u64 * 4)?,
-            logits,
-            chunk,
-            losses: device.alloc(chunk as u64 * 4)?,
-            _own: own,
-        })
-    }
-}
-
-/// A micro-batch on the device.
-pub(crate) struct Batch {
-    pub(crate) n: usize,
-    pub(crate) targets: usize,
-    longest: usize,
-    tokens: u64,
-    pub(crate) positions: u64,
-    start: u64,
-    stop: u64,
-    /// Rows that have a target, and these.
-    pub(crate) rows: u64,
-    pub(crate) labels: u64,
-    bounds: u64,
-    orders: [u64; 3],
-    /// Address of the loss's scale.
-    scale: u64,
 }
 
 impl Step {
@@ -433,89 +346,6 @@ impl Step {
 
     fn state(&self, layer: usize) -> &State {
         &self.states[layer.min(self.states.len() - 1)]
-    }
-
-    fn upload(
-        &self,
-        device: &Device,
-        batch: MicroBatch<'_>,
-        scale: f32,
-    ) -> Result<Batch, CudaError> {
-        self.upload_with(device, batch, |columns| {
-            let rows = columns[4].len().next_multiple_of(TARGET_ROWS).min(self.capacity);
-            columns[4].resize(rows, -1);
-            columns[5].resize(rows, -1);
-            columns[11] = vec![scale.to_bits().cast_signed()];
-        })
-    }
-
-    /// Puts a batch on the device after `change` has seen the columns of [`Step::integers`].
-    pub(crate) fn upload_with(
-        &self,
-        device: &Device,
-        batch: MicroBatch<'_>,
-        change: impl FnOnce(&mut [Vec<i32>; COLUMNS]),
-    ) -> Result<Batch, CudaError> {
-        let n = batch.tokens.len();
-        if n > self.capacity || n != batch.targets.len() || n == 0 {
-            let message = format!("a batch of {n} tokens where {} fit", self.capacity);
-            return Err(CudaError::Input(message));
-        }
-        let mut columns: [Vec<i32>; COLUMNS] = Default::default();
-        columns[0].extend(batch.tokens);
-        let mut longest = 0;
-        for bounds in batch.cu_seqlens.windows(2) {
-            longest = longest.max(bounds[1] - bounds[0]);
-            for row in bounds[0]..bounds[1] {
-                columns[1].push(row - bounds[0]);
-                columns[2].push(bounds[0]);
-                columns[3].push(bounds[1]);
-            }
-        }
-        if longest as usize > self.positions {
-            let message =
-                format!("a sequence of {longest} tokens where {} positions fit", self.positions);
-            return Err(CudaError::Input(message));
-        }
-        if self.attention.is_none() {
-            check_longest(longest as usize, self.shared_bytes, self.trains, device.dtype)?;
-        }
-        for (row, target) in batch.targets.iter().enumerate().filter(|(_, t)| **t != -100) {
-            columns[4].push(row as i32);
-            columns[5].push(*target);
-        }
-        // A column and the next: pairs.
-        let pairs: Vec<i32> =
-            columns[2].iter().zip(&columns[3]).flat_map(|(a, b)| [*a, *b]).collect();
-        let (low, high) = pairs.split_at(pairs.len().min(self.capacity));
-        (columns[6], columns[7]) = (low.to_vec(), high.to_vec());
-        if let Some(plan) = &self.attention {
-            [columns[8], columns[9], columns[10]] = plan.orders(&columns[2], &columns[3]);
-        }
-        change(&mut columns);
-        let targets = columns[4].len();
-        self.staging.send(device, self.integers.ptr(), |bytes| {
-            for (column, to) in columns.iter().zip(bytes.chunks_exact_mut(self.capacity * 4)) {
-                for (value, to) in column.iter().zip(to.chunks_exact_mut(4)) {
-                    to.copy_from_slice(&value.to_le_bytes());
-                }
-            }
-        })?;
-        let column = |index: usize| self.integers.ptr() + (index * self.capacity * 4) as u64;
-        Ok(Batch {
-            n,
-            targets,
-            longest: longest as usize,
-            tokens: column(0),
-            positions: column(1),
-            start: column(2),
-            stop: column(3),
-            rows: column(4),
-            labels: column(5),
-            bounds: column(6),
-            orders: [column(8), column(9), column(10)],
-            scale: column(11),
-        })
     }
 }
 

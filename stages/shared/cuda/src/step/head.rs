@@ -2,13 +2,80 @@
 
 use model::MicroBatch;
 
-use super::Step;
 use super::pass::{Pass, gather};
+use super::{State, Step};
 use crate::adapter::Lora;
-use crate::device::{Device, args};
+use crate::device::{Buffer, Device, args};
 use crate::gemm::{Gemm, View};
 use crate::sizes::logits_stride;
 use crate::{CudaError, Frozen};
+
+/// Rows whose logits exist at once, at most; and at least where their memory is lent.
+const HEAD_ROWS: usize = 1024;
+const LEAST_HEAD_ROWS: usize = 512;
+/// Rows of the tiles of large products divide this.
+const HEAD_TILE: usize = 128;
+
+/// Addresses of what the head works with. Where a layer runs forward again before its backward pass,
+/// the layer's buffers are free while the head runs, and serve it.
+pub(super) struct HeadBuffers {
+    rows: u64,
+    normed: u64,
+    dnormed: u64,
+    drows: u64,
+    roots: Buffer,
+    logits: u64,
+    /// Rows whose logits exist at once.
+    chunk: usize,
+    losses: Buffer,
+    _own: Vec<Buffer>,
+}
+
+impl HeadBuffers {
+    pub(super) fn new(
+        device: &Device,
+        c: &checkpoint::ModelConfig,
+        capacity: usize,
+        lent: Option<&State>,
+    ) -> Result<Self, CudaError> {
+        let size = device.dtype.size();
+        let mut own = Vec::new();
+        let count = (capacity * c.hidden_size) as u64;
+        let (matrix, wide) = (count * size, count * device.dtype.residual().size());
+        let rows = match lent.filter(|s| s.activated.bytes() >= 3 * matrix + wide) {
+            Some(state) => state.activated.ptr(),
+            None => {
+                own.push(device.alloc(3 * matrix + wide)?);
+                own[0].ptr()
+            }
+        };
+        // The same in every mode, so that results are: what would fit into the buffer that is lent.
+        let row = logits_stride(c, device.dtype) as u64 * size;
+        let room = (capacity as u64 * 2 * c.intermediate_size as u64 * size / row) as usize;
+        let whole_tiles = room / HEAD_TILE * HEAD_TILE;
+        let chunk = whole_tiles.clamp(LEAST_HEAD_ROWS, HEAD_ROWS).min(capacity);
+        let logits = match lent.filter(|s| s.gate_up.bytes() >= chunk as u64 * row) {
+            Some(state) => state.gate_up.ptr(),
+            None => {
+                let buffer = device.alloc(chunk as u64 * row)?;
+                let ptr = buffer.ptr();
+                own.push(buffer);
+                ptr
+            }
+        };
+        Ok(Self {
+            rows,
+            normed: rows + wide,
+            dnormed: rows + wide + matrix,
+            drows: rows + wide + 2 * matrix,
+            roots: device.alloc(capacity as u64 * 4)?,
+            logits,
+            chunk,
+            losses: device.alloc(chunk as u64 * 4)?,
+            _own: own,
+        })
+    }
+}
 
 impl Pass<'_> {
     /// Loss of the rows that have a target; where `gradient` is wanted, that of the batch's scale times
