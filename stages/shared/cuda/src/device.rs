@@ -1,8 +1,10 @@
 //! One GPU: memory, kernels and a stream of its own.
 
+mod kernels;
+mod memory;
+
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, HashMap};
-use std::ffi::{CString, c_void};
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -10,33 +12,14 @@ use cudarc::cublaslt::sys as blas;
 use cudarc::driver::{CudaContext, CudaStream, result, sys};
 
 use crate::CudaError;
-use crate::compile;
 use crate::dtype::Dtype;
 use crate::gemm::Plans;
 use crate::profile::Profile;
 use crate::versions;
+pub(crate) use kernels::args;
+pub use memory::Buffer;
+use memory::Memory;
 
-const SOURCES: [(&str, &str); 6] = [
-    ("layer.cu", include_str!("../kernels/layer.cu")),
-    ("nf4.cu", include_str!("../kernels/nf4.cu")),
-    ("generate.cu", include_str!("../kernels/generate.cu")),
-    ("loss.cu", include_str!("../kernels/loss.cu")),
-    ("optimizer.cu", include_str!("../kernels/optimizer.cu")),
-    ("attention_reference.cu", include_str!("../kernels/attention_reference.cu")),
-];
-const COMMON: &str = include_str!("../kernels/common.cuh");
-const ATTENTION: [(&str, &str); 2] = [
-    ("attention_forward.cu", include_str!("../kernels/attention/attention_forward.cu")),
-    ("attention_backward.cu", include_str!("../kernels/attention/attention_backward.cu")),
-];
-const ATTENTION_COMMON: &str = include_str!("../kernels/attention/attention_common.cuh");
-const ATTENTION_PARTS: [(&str, &str); 2] = [
-    ("attention_mma.cuh", include_str!("../kernels/attention/attention_mma.cuh")),
-    ("attention_wgmma.cuh", include_str!("../kernels/attention/attention_wgmma.cuh")),
-];
-/// Bytes to leave beside our buffers: the driver loads kernels of ours and of cuBLASLt when they are
-/// first used, and recorded launches lie on the device.
-const RESERVE: u64 = 384 << 20;
 /// Scratch of cuBLASLt.
 pub(crate) const WORKSPACE: u64 = 32 << 20;
 
@@ -61,40 +44,6 @@ pub struct Device {
     current: Cell<(sys::CUstream, u64)>,
     memory: Rc<Memory>,
     profile: Profile,
-}
-
-/// Live and peak bytes of all buffers: the notion of torch's `max_memory_allocated`.
-#[derive(Default)]
-struct Memory {
-    live: Cell<u64>,
-    peak: Cell<u64>,
-}
-
-/// Device memory, freed when dropped.
-pub struct Buffer {
-    ptr: u64,
-    bytes: u64,
-    memory: Rc<Memory>,
-}
-
-impl Drop for Buffer {
-    fn drop(&mut self) {
-        self.memory.live.set(self.memory.live.get() - self.bytes);
-        // SAFETY: allocated by `Device::alloc`, freed once; the driver waits for work that uses it.
-        let _ = unsafe { result::free_sync(self.ptr) };
-    }
-}
-
-impl Buffer {
-    /// Address on the device.
-    pub(crate) fn ptr(&self) -> u64 {
-        self.ptr
-    }
-
-    /// Size in bytes.
-    pub fn bytes(&self) -> u64 {
-        self.bytes
-    }
 }
 
 impl Device {
@@ -147,124 +96,9 @@ impl Device {
         self.dtype
     }
 
-    /// Four integers that a kernel's file says of itself under `name`.
-    pub(crate) fn facts(
-        &self,
-        file: &'static str,
-        name: &'static str,
-    ) -> Result<[i32; 4], CudaError> {
-        let symbol = CString::new(name).map_err(|e| CudaError::Input(e.to_string()))?;
-        // SAFETY: the module stays loaded, and the constant is an array of four.
-        let (ptr, _) = unsafe { result::module::get_global(self.module(file)?, symbol)? };
-        let mut facts = [0i32; 4];
-        // SAFETY: as above; synchronised before the array is read.
-        unsafe { result::memcpy_dtoh_async(&mut facts, ptr, self.stream.cu_stream())? };
-        self.stream.synchronize()?;
-        Ok(facts)
-    }
-
     /// Name and architecture, for provenance.
     pub fn name(&self) -> String {
         format!("{} ({})", self.context.name().unwrap_or_default(), self.arch)
-    }
-
-    /// Memory of `bytes` bytes, not initialised.
-    ///
-    /// # Errors
-    /// [`CudaError::Memory`] where there is no room.
-    pub fn alloc(&self, bytes: u64) -> Result<Buffer, CudaError> {
-        let bytes = bytes.max(16);
-        // SAFETY: plain allocation; `Buffer` frees it.
-        let ptr = unsafe { result::malloc_sync(bytes as usize) }.map_err(|e| {
-            if e.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY {
-                let free = self.context.mem_get_info().map_or(0, |(free, _)| free as u64);
-                CudaError::Memory { what: format!("{bytes} bytes more ({free} are free)") }
-            } else {
-                e.into()
-            }
-        })?;
-        let memory = Rc::clone(&self.memory);
-        memory.live.set(memory.live.get() + bytes);
-        memory.peak.set(memory.peak.get().max(memory.live.get()));
-        Ok(Buffer { ptr, bytes, memory })
-    }
-
-    /// Memory of `count` elements of the device's type.
-    pub(crate) fn elements(&self, count: usize) -> Result<Buffer, CudaError> {
-        self.alloc(count as u64 * self.dtype.size())
-    }
-
-    /// Memory of `count` elements of the residual stream.
-    pub(crate) fn residual_elements(&self, count: usize) -> Result<Buffer, CudaError> {
-        self.alloc(count as u64 * self.dtype.residual().size())
-    }
-
-    /// Memory holding zeros.
-    pub(crate) fn zeros(&self, bytes: u64) -> Result<Buffer, CudaError> {
-        let buffer = self.alloc(bytes)?;
-        self.clear(buffer.ptr(), buffer.bytes())?;
-        Ok(buffer)
-    }
-
-    /// Memory holding `data`.
-    ///
-    /// # Errors
-    /// As [`Device::alloc`].
-    pub fn upload(&self, data: &[u8]) -> Result<Buffer, CudaError> {
-        let buffer = self.alloc(data.len() as u64)?;
-        self.write(buffer.ptr(), data)?;
-        Ok(buffer)
-    }
-
-    /// Memory holding `values` in f32.
-    ///
-    /// # Errors
-    /// As [`Device::alloc`].
-    pub fn upload_f32(&self, values: &[f32]) -> Result<Buffer, CudaError> {
-        self.upload(&Dtype::F32.encode(values))
-    }
-
-    /// Copies bytes to the device; returns when they have been read.
-    pub(crate) fn write(&self, to: u64, data: &[u8]) -> Result<(), CudaError> {
-        // SAFETY: the caller's range lies inside a buffer; the copy is over when this returns.
-        unsafe {
-            result::memcpy_htod_async(to, data, self.stream.cu_stream())?;
-        }
-        Ok(self.stream.synchronize()?)
-    }
-
-    /// Copies bytes from the device, after all work so far.
-    ///
-    /// # Errors
-    /// [`CudaError::Driver`].
-    pub fn read(&self, from: &Buffer, bytes: usize) -> Result<Vec<u8>, CudaError> {
-        self.read_at(from.ptr(), bytes.min(from.bytes as usize))
-    }
-
-    /// Copies bytes from a place on the device, after all work so far.
-    pub(crate) fn read_at(&self, from: u64, bytes: usize) -> Result<Vec<u8>, CudaError> {
-        let mut data = vec![0u8; bytes];
-        // SAFETY: the caller's range lies inside a buffer; synchronised before the vector is used.
-        unsafe {
-            result::memcpy_dtoh_async(&mut data, from, self.stream.cu_stream())?;
-        }
-        self.stream.synchronize()?;
-        Ok(data)
-    }
-
-    /// Floats from the device.
-    ///
-    /// # Errors
-    /// [`CudaError::Driver`].
-    pub fn read_f32(&self, from: &Buffer, count: usize) -> Result<Vec<f32>, CudaError> {
-        Ok(Dtype::F32.decode(&self.read(from, count * 4)?))
-    }
-
-    /// Fills with zero bytes.
-    pub(crate) fn clear(&self, ptr: u64, bytes: u64) -> Result<(), CudaError> {
-        // SAFETY: the caller's range lies inside a buffer.
-        unsafe { result::memset_d8_async(ptr, 0, bytes as usize, self.cu_stream())? };
-        Ok(())
     }
 
     /// Waits for all work.
@@ -306,54 +140,6 @@ impl Device {
         result
     }
 
-    /// Bytes of memory that nothing uses.
-    pub(crate) fn free_bytes(&self) -> Result<u64, CudaError> {
-        Ok(self.context.mem_get_info()?.0 as u64)
-    }
-
-    /// Bytes of memory that the device has.
-    ///
-    /// # Errors
-    /// [`CudaError::Driver`].
-    pub fn total_bytes(&self) -> Result<u64, CudaError> {
-        Ok(self.context.mem_get_info()?.1 as u64)
-    }
-
-    /// Bytes of shared memory that a block can ask for.
-    pub(crate) fn shared_bytes(&self) -> Result<usize, CudaError> {
-        let attribute =
-            sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
-        Ok(self.context.attribute(attribute)? as usize)
-    }
-
-    /// Refuses to go on where so little memory is left that kernels may not find room.
-    ///
-    /// # Errors
-    /// [`CudaError::Memory`].
-    pub fn check_reserve(&self) -> Result<(), CudaError> {
-        let free = self.free_bytes()?;
-        if free >= RESERVE {
-            return Ok(());
-        }
-        let what = format!("kernels beside all buffers ({free} bytes are free)");
-        Err(CudaError::Memory { what })
-    }
-
-    /// Bytes of memory that buffers may take.
-    pub(crate) fn spare_bytes(&self) -> Result<u64, CudaError> {
-        Ok(self.free_bytes()?.saturating_sub(RESERVE))
-    }
-
-    /// Peak of the bytes in buffers, in bytes.
-    pub fn peak_bytes(&self) -> u64 {
-        self.memory.peak.get()
-    }
-
-    /// Starts the peak anew from what there is, so that an attempt that fails does not count.
-    pub fn reset_peak(&self) {
-        self.memory.peak.set(self.memory.live.get());
-    }
-
     /// Starts timing launches by class.
     pub fn start_profile(&self) {
         self.profile.start();
@@ -379,116 +165,4 @@ impl Device {
     ) -> Result<R, CudaError> {
         self.profile.span(class, self.cu_stream(), work)
     }
-
-    fn module(&self, file: &'static str) -> Result<sys::CUmodule, CudaError> {
-        if let Some(module) = self.modules.borrow().get(file) {
-            return Ok(*module);
-        }
-        let find = |list: &[(&str, &'static str)]| {
-            list.iter().find(|(name, _)| *name == file).map(|(_, text)| *text)
-        };
-        let (source, defines) = match find(&ATTENTION) {
-            Some(text) => {
-                let mut common = ATTENTION_COMMON.to_owned();
-                for (name, part) in ATTENTION_PARTS {
-                    common = common.replace(&format!("#include \"{name}\""), part);
-                }
-                let defines = vec![
-                    format!("-DHEAD_DIM={}", self.head_dim.get()),
-                    format!("-DSOFTCAP={}", u32::from(self.softcaps.get())),
-                    format!("-DF16={}", u32::from(self.dtype == Dtype::F16)),
-                ];
-                (format!("{common}\n#line 1\n{text}"), defines)
-            }
-            None => {
-                let text = find(&SOURCES).unwrap_or_default();
-                let defines = vec![format!("-DELEMENT={}", self.dtype.element())];
-                (format!("{COMMON}\n#line 1\n{text}"), defines)
-            }
-        };
-        let code = compile::cubin(file, &source, &self.arch, &defines)?;
-        // SAFETY: machine code for this device; modules live as long as the process.
-        let module = unsafe { result::module::load_data(code.as_ptr().cast())? };
-        self.modules.borrow_mut().insert(file, module);
-        Ok(module)
-    }
-
-    fn function(
-        &self,
-        file: &'static str,
-        name: &'static str,
-    ) -> Result<sys::CUfunction, CudaError> {
-        if let Some(function) = self.functions.borrow().get(name) {
-            return Ok(*function);
-        }
-        let symbol = CString::new(name).map_err(|e| CudaError::Input(e.to_string()))?;
-        // SAFETY: the module is loaded and stays.
-        let function = unsafe { result::module::get_function(self.module(file)?, symbol)? };
-        self.functions.borrow_mut().insert(name, function);
-        Ok(function)
-    }
-
-    /// More than 48 KiB of dynamic shared memory must be asked for.
-    fn allow_shared(
-        &self,
-        name: &'static str,
-        function: sys::CUfunction,
-        bytes: usize,
-    ) -> Result<(), CudaError> {
-        let mut allowed = self.allowed.borrow_mut();
-        let most = allowed.entry(name).or_insert(48 << 10);
-        if bytes > *most {
-            let attribute =
-                sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-            // SAFETY: a loaded function.
-            unsafe {
-                result::function::set_function_attribute(function, attribute, bytes as i32)?;
-            }
-            *most = bytes;
-        }
-        Ok(())
-    }
-
-    /// Launches a kernel; `args` point to its arguments in order.
-    ///
-    /// # Safety
-    /// The arguments must be those of the kernel, and what they point to large enough.
-    pub(crate) unsafe fn launch(
-        &self,
-        (file, name): (&'static str, &'static str),
-        grid: [usize; 2],
-        block: usize,
-        shared: usize,
-        args: &mut [*mut c_void],
-    ) -> Result<(), CudaError> {
-        if grid[0] == 0 || grid[1] == 0 {
-            return Ok(());
-        }
-        let function = self.function(file, name)?;
-        self.allow_shared(name, function, shared)?;
-        let grid = (grid[0] as u32, grid[1] as u32, 1);
-        let stream = self.cu_stream();
-        self.timed(name, || {
-            // SAFETY: the caller's promise.
-            unsafe {
-                result::launch_kernel(
-                    function,
-                    grid,
-                    (block as u32, 1, 1),
-                    shared as u32,
-                    stream,
-                    args,
-                )?;
-            }
-            Ok(())
-        })
-    }
 }
-
-/// Pointers to arguments, for [`Device::launch`].
-macro_rules! args {
-    ($($arg:expr),* $(,)?) => {
-        &mut [$((&raw const $arg).cast_mut().cast::<std::ffi::c_void>()),*]
-    };
-}
-pub(crate) use args;
