@@ -277,14 +277,15 @@ fn template_error() {
         "{TEMPLATE}{{% for i in range(99999) %}}{{% for j in range(99999) %}}{{% endfor %}}{{% endfor %}}"
     );
     let origin = "chat template tokenizer.chat_template:";
+    let own = "`chat_template.jinja` beside the files of the model";
     for (template, says) in [
-        (raising, [origin, "only cats"]),
-        (picky, ["only cats", "if the template cannot take such rows, try `tool_format: hermes`"]),
-        ("{% for m in %}".to_owned(), [origin, "unexpected"]),
-        (endless, [origin, "more work than a conversation can need"]),
+        (raising, [origin, "only cats", own]),
+        (picky, ["row `", "only cats", "cannot take such rows, try `tool_format: hermes`"]),
+        ("{% for m in %}".to_owned(), [origin, "unexpected", own]),
+        (endless, [origin, "more work than a conversation can need", own]),
         (
             "nothing of the conversation".to_owned(),
-            ["tokenizer.chat_template", "marks no end of the assistant's turn"],
+            ["tokenizer.chat_template", "marks no end of the assistant's turn", own],
         ),
     ] {
         fs::write(space.path("model.gguf"), gguf(&template)).unwrap();

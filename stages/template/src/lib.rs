@@ -26,6 +26,10 @@ use crate::dialect::{Dialect, ToolFormat, assistant_text};
 /// Changes when the same rows would be rendered differently.
 const VERSION: &str = "1";
 
+/// What to do where the model's template does not work at all.
+const OWN_TEMPLATE: &str =
+    "a `chat_template.jinja` beside the files of the model goes before its own template";
+
 /// The stage kind `template`.
 pub struct Template;
 
@@ -116,14 +120,17 @@ impl StageKind for Template {
         let params: Params = request.params()?;
         let template = ModelFolder::open(request.input("model")?)?.chat_template()?;
         let dialect = Dialect::new(&template, params.tool_format, params.default_system.clone())
-            .map_err(StageError::input)?;
+            .map_err(|fault| StageError::input(fault).help(OWN_TEMPLATE))?;
         let train: Vec<Row> = read_jsonl(request.input("train")?)?;
         let test: Vec<Row> = read_jsonl(request.input("test")?)?;
         let rendered = rendered(&dialect, &train)?;
         write_jsonl(request.output("train")?, &rendered)?;
         let prompts = prompts(&dialect, &test, params.turns)?;
         if prompts.is_empty() {
-            return Err(StageError::input("the test rows hold no assistant turn after a user's"));
+            return Err(StageError::input("the test rows hold no assistant turn after a user's")
+                .help(
+                    "look at the rows that `test` is wired to: nothing in them can be evaluated",
+                ));
         }
         write_jsonl(request.output("prompts")?, &prompts)?;
         if let Some(dev) = request.optional_input("dev") {
