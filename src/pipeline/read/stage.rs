@@ -119,10 +119,9 @@ impl Reader<'_> {
                 || node.get("inputs").is_some_and(|n| n.get(&spec.name).is_some());
             if !wired {
                 let message = format!("stage `{}` needs the input `{}`", key.name, spec.name);
-                let help = format!(
-                    "`{}`: {}; wire it as `{}: STAGE.OUTPUT`",
-                    spec.name, spec.help, spec.name
-                );
+                let from = if spec.gathered { "{gather: STAGE.OUTPUT}" } else { "STAGE.OUTPUT" };
+                let (name, about) = (&spec.name, &spec.help);
+                let help = format!("`{name}`: {about}; wire it as `{name}: {from}`");
                 self.problems.push(Problem::at(message, key.place, "missing input").help(help));
             }
         }

@@ -90,8 +90,9 @@ impl StageKind for Select {
         }
         Ok(Signature {
             inputs: vec![
-                InputSpec::required("metrics", "gathered metrics to choose by"),
-                InputSpec::optional("candidates", "gathered artifacts, of which one is handed on"),
+                InputSpec::required("metrics", "gathered metrics to choose by").gathered(),
+                InputSpec::optional("candidates", "gathered artifacts, of which one is handed on")
+                    .gathered(),
             ],
             outputs: vec![
                 OutputSpec::file("choice", "choice.json"),

@@ -59,6 +59,9 @@ pub struct InputSpec {
     pub name: String,
     /// Whether the pipeline must wire it.
     pub required: bool,
+    /// It takes an output of every point of a sweep.
+    #[serde(default)]
+    pub gathered: bool,
     /// One line for docs and error messages.
     pub help: String,
 }
@@ -101,12 +104,18 @@ pub enum OutputClass {
 impl InputSpec {
     /// An input that the pipeline must wire.
     pub fn required(name: &str, help: &str) -> Self {
-        Self { name: name.to_owned(), required: true, help: help.to_owned() }
+        Self { name: name.to_owned(), required: true, gathered: false, help: help.to_owned() }
     }
 
     /// An input that the pipeline may leave out.
     pub fn optional(name: &str, help: &str) -> Self {
-        Self { name: name.to_owned(), required: false, help: help.to_owned() }
+        Self { required: false, ..Self::required(name, help) }
+    }
+
+    /// The same, of every point of a sweep.
+    #[must_use]
+    pub fn gathered(self) -> Self {
+        Self { gathered: true, ..self }
     }
 }
 
