@@ -4,8 +4,8 @@
     python3 benches/gpu.py target/release CACHE [TRIAL...]
 
 CACHE holds the quickstart's stages up to `tokenize-pack` (`pipe run -f pipelines/quickstart.yaml
---cache CACHE tokenize-pack`). The trial `fixtures` wants the test binary of that name beside the
-programs (`cargo test --release -p cuda --no-run`). `pressure` wants PyTorch, which takes memory
+--cache CACHE tokenize-pack`). The trials `fixtures` and `sanitizer` want the crate's test
+binaries beside the programs (`cargo test --release -p cuda --no-run`). `pressure` wants PyTorch, which takes memory
 away. Every trial prints its output; a table of the trials ends it, and the exit code says whether
 all were met.
 """
@@ -185,10 +185,11 @@ def sweep():
 
 
 def sanitizer():
-    """Every kernel under memcheck: those of the fixtures, of `generate check` and of a timed step."""
+    """Kernels under memcheck: those of the fixtures, of the crate's tests, of `generate check` and of a timed step."""
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     call = [tool, "--tool", "memcheck", "--error-exitcode", "9"]
     clean = run(*call, program("fixtures"), PIPE_FIXTURES=f"{ROOT}/tests/fixtures") is not None
+    clean &= run(*call, program("cuda")) is not None
     clean &= run(*call, program("generate"), "check", MODELS[2]) is not None
     return clean and run(*call, program("step"), "time", "smollm2-135m", "keep", "4") is not None
 
